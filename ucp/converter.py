@@ -1,0 +1,83 @@
+"""Converters: one per checkpoint family, found through the ``ucp.converters`` entry points.
+
+A converter recognises a folder, reads it into a `Catalog`, and may lay a catalog out as a new checkpoint of its family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from ucp.catalog import Catalog
+from ucp.errors import NotFoundError, UsageError
+from ucp.plan import Digests, Task
+from ucp.store import Store, open_store
+
+
+class Target(Protocol):
+    """A checkpoint to be written: its large objects as tasks, then the small ones.
+
+    Tasks may finish in any order; `finish` is called with the digests of all of them and gives (path, bytes) of the
+    remaining objects. The last of these is the root: the checkpoint exists exactly when it does.
+    """
+
+    family: str
+    tasks: tuple[Task, ...]
+    root: str
+
+    def finish(self, digests: Mapping[str, Digests]) -> Iterator[tuple[str, bytes]]:
+        """Small objects in the order in which to put them, the root last."""
+
+
+class Converter(Protocol):
+    """Reads, and perhaps writes, one family of checkpoints."""
+
+    family: str
+
+    def detect(self, store: Store) -> bool:
+        """Whether the folder looks like a checkpoint of this family; cheap, a listing or a small read."""
+
+    def read(self, store: Store, **options: Any) -> Catalog:
+        """The catalog of the checkpoint. Reads metadata only; typed errors for whatever is missing or damaged."""
+
+    def target(self, catalog: Catalog, store: Store, **options: Any) -> Target:
+        """Lay `catalog`, which lies in `store`, out as a checkpoint of this family; UsageError if it cannot write."""
+
+
+@cache
+def converters() -> dict[str, Converter]:
+    """All installed converters by family."""
+    found: dict[str, Converter] = {}
+    for entry in entry_points(group="ucp.converters"):
+        converter: Converter = entry.load()
+        found[converter.family] = converter
+    return found
+
+
+def converter(family: str) -> Converter:
+    """The converter of `family`; UsageError if there is none."""
+    known = converters()
+    if family not in known:
+        raise UsageError(f"no converter for {family!r}", hint=f"installed: {' '.join(sorted(known))}")
+    return known[family]
+
+
+def read_catalog(url: str, *, family: str | None = None, **options: Any) -> tuple[Catalog, Store]:
+    """Detect the family of the checkpoint at `url`, read it, and return it with the store it lies in.
+
+    NotFoundError if nothing is there or no converter knows it.
+    """
+    store = open_store(url)
+    if family is not None:
+        return converter(family).read(store, **options), store
+    for candidate in converters().values():
+        if candidate.detect(store):
+            return candidate.read(store, **options), store
+    if not store.children():
+        raise NotFoundError(f"{url}: no such folder, or it is empty")
+    raise NotFoundError(
+        f"{url}: not a checkpoint of a known family",
+        hint=f"known: {' '.join(sorted(converters()))}; an interrupted conversion is none until it is finished",
+    )

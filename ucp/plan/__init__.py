@@ -1,0 +1,23 @@
+"""From fragments and wanted regions to block copies with known costs: pure data, no torch, no I/O."""
+
+from ucp.plan.fragment import Copy, Extent, Fragment, Key, TensorSpec, common
+from ucp.plan.match import Cover
+from ucp.plan.task import BLOCK_BYTES, Cost, Digests, Frame, Plan, Section, Task, Witness
+
+__all__ = [
+    "BLOCK_BYTES",
+    "Copy",
+    "Cost",
+    "Cover",
+    "Digests",
+    "Extent",
+    "Fragment",
+    "Frame",
+    "Key",
+    "Plan",
+    "Section",
+    "Task",
+    "TensorSpec",
+    "Witness",
+    "common",
+]

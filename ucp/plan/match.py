@@ -1,0 +1,109 @@
+"""Matching: the fragments of a checkpoint against one wanted region, with proof that the region is covered once."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ucp.errors import FitError
+from ucp.layout import Box, FlatRange, Shape, as_flat, boxes
+from ucp.plan.fragment import Copy, Fragment, Key, TensorSpec, common
+
+
+@dataclass(frozen=True, slots=True)
+class Cover:
+    """The fragments of one tensor, checked: together they hold every element exactly once.
+
+    `fragments` are primary copies (replica 0) in row-major order of their first element; `replicas` are the further
+    copies, to be compared and not read. `flat` says that every fragment is one flat run, which makes lookup a bisection.
+    """
+
+    key: Key
+    spec: TensorSpec
+    fragments: tuple[Fragment, ...]
+    replicas: tuple[Fragment, ...]
+    flat: bool
+
+    @classmethod
+    def of(cls, key: Key, spec: TensorSpec, fragments: Sequence[Fragment]) -> Cover:
+        """Check and sort `fragments`.
+
+        Raises FitError naming the tensor for a fragment outside the shape, a hole, or two fragments of the same
+        replica number that overlap.
+        """
+        for fragment in fragments:
+            if not fragment.region.within(spec.shape):
+                raise FitError(f"{key}: fragment {fragment.region} lies outside shape {list(spec.shape)}")
+        primary = tuple(f for f in fragments if f.replica == 0 and f.region.size)
+        flats = [f.as_flat(spec.shape) for f in primary]
+        if all(f is not None for f in flats):
+            ordered = tuple(sorted((f for f in flats if f is not None), key=_flat_start))
+            _check_flat(key, spec, ordered)
+            flat = True
+        else:
+            ordered = primary
+            _check_boxes(key, spec, ordered)
+            flat = False
+        return cls(key, spec, ordered, tuple(f for f in fragments if f.replica), flat)
+
+    def copies_into(self, target: Fragment) -> list[Copy]:
+        """The copies that fill `target` wholly, in row-major order of their sources."""
+        copies: list[Copy] = []
+        for fragment in self._near(target):
+            copies.extend(common(fragment, target, self.spec.shape))
+        return copies
+
+    def _near(self, target: Fragment) -> Sequence[Fragment]:
+        wanted = as_flat(target.region, self.spec.shape)
+        if not self.flat or wanted is None:
+            return self.fragments
+        first = max(0, bisect_right(self.fragments, wanted.start, key=_flat_start) - 1)
+        last = bisect_right(self.fragments, wanted.stop - 1, key=_flat_start)
+        return self.fragments[first:last]
+
+
+def _flat_start(fragment: Fragment) -> int:
+    assert isinstance(fragment.region, FlatRange)
+    return fragment.region.start
+
+
+def _check_flat(key: Key, spec: TensorSpec, ordered: Sequence[Fragment]) -> None:
+    end = 0
+    for fragment in ordered:
+        assert isinstance(fragment.region, FlatRange)
+        if fragment.region.start < end:
+            raise FitError(
+                f"{key}: elements {fragment.region.start}..{end} are stored twice, last in {fragment.extent.object}"
+            )
+        if fragment.region.start > end:
+            raise _hole(key, end, fragment.region.start)
+        end = fragment.region.stop
+    if end != spec.size:
+        raise _hole(key, end, spec.size)
+
+
+def _hole(key: Key, start: int, stop: int) -> FitError:
+    return FitError(
+        f"{key}: elements {start}..{stop} are in no fragment",
+        hint="a rank's file is missing, or the checkpoint's metadata describes another layout",
+    )
+
+
+def _check_boxes(key: Key, spec: TensorSpec, fragments: Sequence[Fragment]) -> None:
+    """Disjoint boxes inside the shape whose sizes add up to it cover it: no grid needed."""
+    cut: list[tuple[Box, Fragment]] = [(box, f) for f in fragments for box in boxes(f.region, spec.shape)]
+    cut.sort(key=lambda pair: pair[0].start)
+    for i, (box, fragment) in enumerate(cut):
+        for other, holder in cut[i + 1 :]:
+            if spec.shape and other.start[0] >= box.stop[0]:
+                break
+            if box.intersect(other):
+                names = f"{fragment.extent.object} and {holder.extent.object}"
+                raise FitError(f"{key}: {box} and {other} overlap, in {names}")
+    held = sum(box.size for box, _ in cut)
+    if held != spec.size:
+        raise FitError(
+            f"{key}: fragments hold {held} of {spec.size} elements",
+            hint="a rank's file is missing, or the checkpoint's metadata describes another layout",
+        )

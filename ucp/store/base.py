@@ -1,0 +1,110 @@
+"""The one seam to storage: a store is a folder of objects under a URL.
+
+Paths are relative, ``/``-separated strings (never `pathlib.Path`, which would mangle URLs). Nothing relies on rename,
+append or directories, so that object stores can implement it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from ucp.errors import NotFoundError
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object: its path, size in bytes, and a fingerprint that changes whenever the object is rewritten."""
+
+    path: str
+    size: int
+    fingerprint: str
+
+
+class Writer(ABC):
+    """An object being written. Use as a context manager: an exception inside discards or leaves it invalid."""
+
+    @abstractmethod
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Write `data` at byte `offset`; callers write each byte once and in order of offset."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Make the object durable and readable; StorageError if that fails."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give the object up; never raises."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class Store(ABC):
+    """A folder of objects. Instances are cheap, picklable and safe to use from several threads."""
+
+    url: str
+
+    @abstractmethod
+    def entry(self, path: str) -> Entry:
+        """Size and fingerprint of an object; NotFoundError if there is none."""
+
+    @abstractmethod
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        """All objects whose path starts with `prefix`, sorted by path; nothing if there are none."""
+
+    @abstractmethod
+    def children(self, path: str = "") -> list[str]:
+        """Names directly under folder `path`, sorted; folders end in ``/``. Empty if there is no such folder."""
+
+    @abstractmethod
+    def read_into(self, path: str, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill `buffer` from byte `offset`; CorruptError if the object ends before, NotFoundError if it is missing."""
+
+    @abstractmethod
+    def create(self, path: str, size: int) -> Writer:
+        """Start writing an object of `size` bytes, replacing any there."""
+
+    @abstractmethod
+    def put(self, path: str, data: Buffer, *, if_absent: bool = False) -> None:
+        """Write a small object atomically and durably. With `if_absent`, ConflictError if it already exists."""
+
+    @abstractmethod
+    def delete(self, path: str) -> None:
+        """Delete an object; nothing happens if it is missing."""
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """`length` bytes from `offset`, or all the rest."""
+        if length is None:
+            length = self.entry(path).size - offset
+        buffer = bytearray(length)
+        self.read_into(path, offset, buffer)
+        return bytes(buffer)
+
+    def exists(self, path: str) -> bool:
+        """Whether there is an object at `path`."""
+        try:
+            self.entry(path)
+        except NotFoundError:
+            return False
+        return True
+
+    @abstractmethod
+    def child(self, path: str) -> Store:
+        """The store of a folder inside this one."""
+
+    def close(self) -> None:
+        """Release open handles; the store opens them again when used."""

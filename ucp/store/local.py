@@ -1,0 +1,201 @@
+"""Local files: positioned reads and writes that release the GIL, and durable atomic puts."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from ucp.errors import ConflictError, CorruptError, UsageError
+from ucp.store.base import Buffer, Entry, Store, Writer
+from ucp.store.errors import translated
+
+_OPEN_FILES = 64
+
+
+class LocalStore(Store):
+    """A folder on a local or mounted file system. Keeps a few files open for reading."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root)
+        self.url = self.root
+        self._files: OrderedDict[str, _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:
+        return (LocalStore, (self.root,))
+
+    def entry(self, path: str) -> Entry:
+        full = self._full(path)
+        with translated(full):
+            info = os.stat(full)
+            if not os.path.isfile(full):
+                raise FileNotFoundError(full)
+        return _entry(path, info)
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        top = self._full(prefix.rpartition("/")[0])
+        found: list[Entry] = []
+        with translated(top):
+            for folder, _, names in os.walk(top):
+                for name in names:
+                    full = os.path.join(folder, name)
+                    path = os.path.relpath(full, self.root).replace(os.sep, "/")
+                    if path.startswith(prefix):
+                        found.append(_entry(path, os.stat(full)))
+        yield from sorted(found, key=lambda entry: entry.path)
+
+    def children(self, path: str = "") -> list[str]:
+        full = self._full(path)
+        if not os.path.isdir(full):
+            return []
+        with translated(full), os.scandir(full) as entries:
+            return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in entries)
+
+    def read_into(self, path: str, offset: int, buffer: bytearray | memoryview) -> None:
+        full = self._full(path)
+        with translated(full), self._open(full) as handle:
+            view = memoryview(buffer).cast("B")
+            done = 0
+            while done < len(view):
+                count = os.preadv(handle.fd, [view[done:]], offset + done)
+                if count == 0:
+                    end = offset + done
+                    raise CorruptError(
+                        f"{full}: ends at byte {end}, {len(view) - done} bytes early", hint="the file is truncated"
+                    )
+                done += count
+
+    def create(self, path: str, size: int) -> Writer:
+        full = self._full(path)
+        with translated(full):
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            return _LocalWriter(full, size)
+
+    def put(self, path: str, data: Buffer, *, if_absent: bool = False) -> None:
+        full = self._full(path)
+        with translated(full):
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            _put(full, data, if_absent)
+
+    def delete(self, path: str) -> None:
+        full = self._full(path)
+        with translated(full):
+            if os.path.lexists(full):
+                os.unlink(full)
+
+    def child(self, path: str) -> LocalStore:
+        return LocalStore(self._full(path))
+
+    def close(self) -> None:
+        with self._lock:
+            self._files.clear()
+
+    def _full(self, path: str) -> str:
+        if path.startswith("/") or "\0" in path or ".." in path.split("/"):
+            raise UsageError(f"{path!r} is not a path inside {self.root}")
+        return os.path.join(self.root, path) if path else self.root
+
+    def _open(self, full: str) -> _Handle:
+        with self._lock:
+            handle = self._files.get(full)
+            if handle is None:
+                handle = self._files[full] = _Handle(full)
+            self._files.move_to_end(full)
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+            return handle
+
+
+class _Handle:
+    """A file open for reading, closed when the last user lets go of it."""
+
+    def __init__(self, full: str) -> None:
+        self.fd = -1
+        self.fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> _Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class _LocalWriter(Writer):
+    """Writes in place: what makes a checkpoint complete is its root object, which is put last."""
+
+    def __init__(self, full: str, size: int) -> None:
+        self.full = full
+        self.fd = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            if size:
+                os.posix_fallocate(self.fd, 0, size)
+        except OSError:
+            self.abort()
+            raise
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        with translated(self.full):
+            done = 0
+            while done < len(view):
+                done += os.pwrite(self.fd, view[done:], offset + done)
+
+    def close(self) -> None:
+        with translated(self.full):
+            try:
+                os.fsync(self.fd)
+            finally:
+                os.close(self.fd)
+                self.fd = -1
+
+    def abort(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _entry(path: str, info: os.stat_result) -> Entry:
+    return Entry(path, info.st_size, f"{info.st_size}-{info.st_mtime_ns}-{info.st_ino}")
+
+
+def _put(full: str, data: Buffer, if_absent: bool) -> None:
+    """Write beside, fsync, then link or rename: readers see all of it or none."""
+    temporary = f"{full}.{os.getpid()}-{threading.get_ident()}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+        if if_absent:
+            _link(temporary, full)
+        else:
+            os.replace(temporary, full)
+    finally:
+        os.close(fd)
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+    _sync_folder(os.path.dirname(full))
+
+
+def _link(temporary: str, full: str) -> None:
+    try:
+        os.link(temporary, full)
+    except FileExistsError:
+        raise ConflictError(
+            f"{full}: already exists", hint="another writer was first; choose another destination"
+        ) from None
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
