@@ -1,0 +1,107 @@
+"""What the ranks of a DeepSpeed job do.  Imports DeepSpeed; used inside a job's own process only."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+
+from tests.support import engine as engines
+from tests.support import truth as truths
+from tests.support.case import Case
+from tests.support.client_state import client_state
+from tests.support.engine import Job
+from tests.support.gloo import spawn
+
+
+def run(case: Case, out: Path, *, timeout: float) -> None:
+    """Run the case with forked ranks and write everything into `out`."""
+    engines.prepare_process()
+    spawn(_train_and_save, case.world, case, str(out), timeout=timeout, method="fork")
+
+
+def _train_and_save(rank: int, world: int, case: Case, out: str) -> None:
+    folder = Path(out)
+    job = engines.build_job(case, rank, world)
+    before = engines.train(job, 0, case.steps)
+    save(job, folder / "ckpt")
+    truth = truths.gather(job)
+    record = describe(job)
+    after = engines.train(job, case.steps, case.more_steps)
+    if rank == 0:
+        save_file(truth, folder / "truth.safetensors")
+        write_record(folder, {**record, "losses_before": before, "losses_after": after})
+
+
+def save(job: Job, root: Path) -> None:
+    """Save through the engine, with the case's options."""
+    case = job.case
+    options = {"exclude_frozen_parameters": True} if case.exclude_frozen else {}
+    job.engine.save_checkpoint(str(root), tag=case.tag, client_state=client_state(case), **options)
+    if case.gather_16bit:
+        job.engine.save_16bit_model(str(root.parent / "save16"), "pytorch_model.bin")
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """Everything about the job's state that is not a tensor, at this moment."""
+    engine, optimizer, case = job.engine, job.optimizer, job.case
+    module = engine.module
+    return {
+        "case": case.to_json(),
+        "tag": case.tag,
+        "layout": {"world": case.world, "dp": case.data_parallel, "pp": case.pipeline_stages, "stage": case.stage},
+        "versions": {
+            "deepspeed": deepspeed.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        "optimizer": type(optimizer).__name__,
+        "base_optimizer": type(job.base_optimizer).__name__,
+        "global_steps": engine.global_steps,
+        "skipped_steps": engine.skipped_steps,
+        "loss_scale": loss_scale(job),
+        "lrs": [group["lr"] for group in job.base_optimizer.param_groups],
+        "groups": groups(job),
+        "steps": truths.parameter_steps(job),
+        "names": [name for name, _ in module.named_parameters(remove_duplicate=False)],
+        "shared": shared_names(module),
+        "scheduler": engine.lr_scheduler.state_dict()["last_epoch"] if engine.lr_scheduler is not None else None,
+    }
+
+
+def loss_scale(job: Job) -> float | None:
+    """The current fp16 loss scale; None where the dtype needs none."""
+    if job.case.dtype != "fp16":
+        return None
+    config = getattr(job.optimizer, "loss_scale_config", job.optimizer)
+    return float(getattr(config, "cur_scale", None) or config.loss_scale)
+
+
+def groups(job: Job) -> list[dict[str, Any]]:
+    """Each optimizer group as its parameter names and its hyper-parameters that JSON can hold."""
+    kept = (int, float, bool, str, list, tuple, type(None))
+    return [
+        {"names": names, "hyper": {k: v for k, v in group.items() if k != "params" and isinstance(v, kept)}}
+        for names, group in zip(job.groups, job.base_optimizer.param_groups, strict=True)
+    ]
+
+
+def shared_names(module: torch.nn.Module) -> dict[str, str]:
+    """Names that are a second name of another parameter (tied weights)."""
+    first: dict[int, str] = {}
+    shared = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            shared[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    return shared
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write ``case.json``."""
+    (folder / "case.json").write_text(json.dumps(record, indent=1))
