@@ -1,0 +1,31 @@
+"""What all tests share: how hard hypothesis searches, and which tests need an accelerator."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Deadlines measure the machine, not the code.
+settings.register_profile("default", max_examples=100, deadline=None)
+settings.register_profile(
+    "ci", max_examples=500, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("nightly", parent=settings.get_profile("ci"), max_examples=10_000)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--hypothesis-profile", default=None):
+        settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not _accelerator():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+def _accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
