@@ -9,12 +9,13 @@ from typing import Any
 
 import deepspeed
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.support import engine as engines
 from tests.support import truth as truths
 from tests.support.case import Case
 from tests.support.client_state import client_state
+from tests.support.deepspeed_resume import Resume
 from tests.support.engine import Job
 from tests.support.gloo import spawn
 
@@ -36,6 +37,43 @@ def _train_and_save(rank: int, world: int, case: Case, out: str) -> None:
     if rank == 0:
         save_file(truth, folder / "truth.safetensors")
         write_record(folder, {**record, "losses_before": before, "losses_after": after})
+
+
+def run_resume(request: Resume, out: Path, *, timeout: float) -> None:
+    """Load as the request says with forked ranks; write ``state.safetensors`` and ``case.json`` into `out`."""
+    engines.prepare_process()
+    spawn(_load_and_train, request.case.world, request, str(out), timeout=timeout, method="fork")
+
+
+def _load_and_train(rank: int, world: int, request: Resume, out: str) -> None:
+    folder = Path(out)
+    job = engines.build_job(request.case, rank, world, load_universal=request.universal)
+    if request.module_state is not None:
+        load_module(job, Path(request.module_state))
+    path, client = job.engine.load_checkpoint(request.root, tag=request.tag)
+    if path is None:
+        raise FileNotFoundError(f"DeepSpeed found no checkpoint to load under {request.root}")
+    if request.reset_groups is not None:
+        for group, values in zip(job.base_optimizer.param_groups, request.reset_groups, strict=True):
+            group.update(values)
+    state = truths.gather(job)
+    record = describe(job)
+    losses = engines.train(job, request.first_step, request.steps)
+    if rank == 0:
+        save_file(state, folder / "state.safetensors")
+        described = {key: repr(value) for key, value in client.items()}
+        write_record(folder, {**record, "losses": losses, "client_state": described})
+
+
+def load_module(job: Job, path: Path) -> None:
+    """Copy the file's tensors into the module's parameters and buffers of the same name."""
+    module = job.engine.module
+    values = load_file(str(path))
+    own: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in values.items():
+        sharded = hasattr(own[name], "ds_id")
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([own[name]], modifier_rank=0, enabled=sharded):
+            own[name].data.copy_(value)
 
 
 def save(job: Job, root: Path) -> None:

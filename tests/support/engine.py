@@ -74,7 +74,7 @@ def engine_config(case: Case, *, load_universal: bool = False) -> dict[str, Any]
     if case.dtype == "bf16":
         config["bf16"] = {"enabled": True}
     if case.dtype == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}
+        config["fp16"] = {"enabled": True, "initial_scale_power": case.loss_scale_power, "loss_scale_window": 2}
     if case.grad_accum_fp32:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if load_universal:

@@ -46,6 +46,7 @@ class TinyLM(nn.Module):
     def __init__(self, *, tied: bool = True, frozen: bool = True, unused: bool = False, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, HIDDEN)
+        nn.init.normal_(self.embed.weight, std=0.1)
         self.position = nn.Parameter(torch.randn(LENGTH, HIDDEN) * 0.02)
         self.blocks = nn.ModuleList(Block() for _ in range(layers))
         self.adapter = nn.Linear(HIDDEN, HIDDEN).requires_grad_(not frozen)
