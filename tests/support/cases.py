@@ -41,7 +41,7 @@ _STAGE_1 = (
 _STAGE_2 = (
     Case(name="z2_bf16_dp3", stage=2, world=3, dtype="bf16"),
     Case(name="z2_fp32_dp4", stage=2, world=4, universal_info=True, exclude_frozen=True),
-    Case(name="z2_fp16_dp2", stage=2, dtype="fp16", loss_scale_power=40, steps=5),
+    Case(name="z2_fp16_dp2", stage=2, dtype="fp16", loss_scale_power=18, steps=5),
     Case(name="z2_bf16_dp4_rr", stage=2, world=4, dtype="bf16", round_robin=True, universal_info=True),
     Case(name="z2_fp32_dp3_rr", stage=2, world=3, round_robin=True, groups=3),
     Case(name="z2_fp32_dp4_aligned_rr", stage=2, world=4, round_robin=True, parameter_alignment=True),
@@ -62,4 +62,15 @@ _STAGE_3 = (
     Case(name="z3_bf16_dp2_plain", stage=3, dtype="bf16", groups=1, tied=False, frozen=False, rich_client_state=False),
 )
 
-CASES: dict[str, Case] = {case.name: case for case in (*_STAGE_0, *_STAGE_1, *_STAGE_2, *_STAGE_3)}
+_PIPELINE = tuple(
+    case.replace(launcher="pipeline", pipeline_stages=2, scheduler=False, frozen=False)
+    for case in (
+        Case(name="pp2_z1_bf16_dp2", stage=1, world=4, dtype="bf16", universal_info=True),
+        Case(name="pp2_z1_fp32_dp2_untied", stage=1, world=4, tied=False),
+        Case(name="pp2_z1_bf16opt_dp1", stage=1, world=2, dtype="bf16", grad_accum_fp32=True),
+        Case(name="pp2_z0_fp32_dp1", stage=0, world=2),
+        Case(name="pp2_z0_bf16_dp1_untied", stage=0, world=2, dtype="bf16", tied=False),
+    )
+)
+
+CASES: dict[str, Case] = {case.name: case for case in (*_STAGE_0, *_STAGE_1, *_STAGE_2, *_STAGE_3, *_PIPELINE)}

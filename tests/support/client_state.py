@@ -18,8 +18,16 @@ def client_state(case: Case) -> dict[str, Any]:
     if case.rich_client_state:
         state.update(_rich(case))
     if case.universal_info:
-        state["universal_checkpoint_info"] = {"universal_checkpoint_version": 0.2}
+        state["universal_checkpoint_info"] = _universal_info(case)
     return state
+
+
+def _universal_info(case: Case) -> dict[str, Any]:
+    info: dict[str, Any] = {"universal_checkpoint_version": 0.2}
+    if case.launcher == "pipeline" and case.tied:
+        patterns = [r"tied_modules\.embed\.embed\.weight", r"tied_modules\.embed\.position"]
+        info["pipeline_replicated_parameter_patterns"] = patterns
+    return info
 
 
 def _rich(case: Case) -> dict[str, Any]:

@@ -72,8 +72,11 @@ def main(argv: list[str]) -> None:
         partial = out.with_name(out.name + f".partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        deepspeed_ranks.run(case, partial, timeout=RUN_LIMIT)
-        os.replace(partial, out)
+        try:
+            deepspeed_ranks.run(case, partial, timeout=RUN_LIMIT)
+            os.replace(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_result(folder: Path) -> dict[str, Any]:

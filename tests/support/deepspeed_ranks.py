@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import engine as engines
+from tests.support import pipeline
 from tests.support import truth as truths
 from tests.support.case import Case
 from tests.support.client_state import client_state
@@ -28,12 +29,16 @@ def run(case: Case, out: Path, *, timeout: float) -> None:
 
 def _train_and_save(rank: int, world: int, case: Case, out: str) -> None:
     folder = Path(out)
-    job = engines.build_job(case, rank, world)
-    before = engines.train(job, 0, case.steps)
+    build, train = (
+        (pipeline.build_job, pipeline.train) if case.launcher == "pipeline" else (engines.build_job, engines.train)
+    )
+    job = build(case, rank, world)
+    before = train(job, 0, case.steps)
     save(job, folder / "ckpt")
-    truth = truths.gather(job)
-    record = describe(job)
-    after = engines.train(job, case.steps, case.more_steps)
+    truth, record = truths.gather(job), describe(job)
+    if case.launcher == "pipeline":
+        truth, record = pipeline.union(truth, record)
+    after = train(job, case.steps, case.more_steps)
     if rank == 0:
         save_file(truth, folder / "truth.safetensors")
         write_record(folder, {**record, "losses_before": before, "losses_after": after})

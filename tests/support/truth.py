@@ -86,13 +86,14 @@ def _from_calls(job: Job) -> Truth:
         # DeepSpeed links the states of all groups after the first group's first step, when the others have none yet.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
+    kinds = _state_kinds(job)
     truth = {}
     for name, parameter in _named(job).items():
         if not parameter.requires_grad:
             continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         truth[f"param/{name}"] = safe_get_full_fp32_param(parameter).view(shape).float()
-        for kind in _state_kinds(job):
+        for kind in kinds:
             truth[f"{kind}/{name}"] = safe_get_full_optimizer_state(parameter, kind).view(shape)
     return truth
 
