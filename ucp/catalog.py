@@ -6,7 +6,7 @@ Readers make catalogs; `ucp.open`, `ucp.load`, conversion and the command line o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -20,8 +20,10 @@ Kind = Literal["parameter", "frozen", "buffer"]
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A number kept per parameter, such as the optimizer's step. `dtype` is a tensor dtype, or ``int`` / ``float`` /
-    ``bool`` where the framework kept a plain Python number."""
+    """A number kept per parameter, such as the optimizer's step.
+
+    `dtype` is a tensor dtype, or ``int`` / ``float`` / ``bool`` where the framework kept a plain Python number.
+    """
 
     value: int | float | bool
     dtype: str
@@ -71,8 +73,10 @@ class Checksum:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Who wrote the checkpoint: `family` such as ``deepspeed`` or ``universal``, its `version`, and `detail` for people
-    (ZeRO stage, dtypes; JSON values only)."""
+    """Who wrote the checkpoint: `family` such as ``deepspeed`` or ``universal``, and its `version`.
+
+    `detail` is for people (ZeRO stage, dtypes); JSON values only.
+    """
 
     family: str
     version: str
@@ -137,6 +141,10 @@ class Catalog:
             return None
         spec, fragments = self.witnesses[name]
         return Witness(Cover.of(Key(name, "low-precision copy"), spec, fragments))
+
+    def unwitnessed(self) -> Catalog:
+        """The same catalog without low-precision copies to check against."""
+        return replace(self, witnesses={})
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ucp.errors import FitError
-from ucp.layout import Box, FlatRange, Shape, as_flat, boxes
+from ucp.layout import Box, FlatRange, as_flat, boxes
 from ucp.plan.fragment import Copy, Fragment, Key, TensorSpec, common
 
 
@@ -16,7 +16,7 @@ class Cover:
     """The fragments of one tensor, checked: together they hold every element exactly once.
 
     `fragments` are primary copies (replica 0) in row-major order of their first element; `replicas` are the further
-    copies, to be compared and not read. `flat` says that every fragment is one flat run, which makes lookup a bisection.
+    copies, to be compared and not read. `flat` says that every fragment is one flat run, so that lookup is a bisection.
     """
 
     key: Key

@@ -58,8 +58,10 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """Digests of what a task wrote: crc32c of each block in order of sections and blocks, and, where the frame asks
-    for it, the zlib crc32 of each whole section."""
+    """Digests of what a task wrote.
+
+    crc32c of each block in order of sections and blocks, and, where the frame asks, the crc32 of each whole section.
+    """
 
     crc32c: tuple[int, ...]
     crc32: tuple[int, ...] = ()

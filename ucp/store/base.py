@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -106,5 +107,10 @@ class Store(ABC):
     def child(self, path: str) -> Store:
         """The store of a folder inside this one."""
 
-    def close(self) -> None:
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other writers that ask the same out while inside, where the store can; ConflictError if one is there."""
+        yield
+
+    def close(self) -> None:  # noqa: B027 - most stores have nothing to close
         """Release open handles; the store opens them again when used."""

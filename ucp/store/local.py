@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
 
 from ucp.errors import ConflictError, CorruptError, UsageError
 from ucp.store.base import Buffer, Entry, Store, Writer
@@ -88,6 +91,20 @@ class LocalStore(Store):
     def child(self, path: str) -> LocalStore:
         return LocalStore(self._full(path))
 
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with translated(self.root):
+            os.makedirs(self.root, exist_ok=True)
+            fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConflictError(f"{self.root}: another process is writing it", hint="wait for it to end") from None
+            yield
+        finally:
+            os.close(fd)
+
     def close(self) -> None:
         with self._lock:
             self._files.clear()
@@ -115,7 +132,7 @@ class _Handle:
         self.fd = -1
         self.fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __enter__(self) -> _Handle:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

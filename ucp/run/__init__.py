@@ -1,0 +1,1 @@
+"""Carrying plans out: executors, journal and resume, integrity, progress."""
