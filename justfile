@@ -7,7 +7,7 @@ python := venv / "bin/python"
 
 [private]
 default:
-    @just --list --unsorted
+    @{{ just_executable() }} --list --unsorted
 
 # Make the environment, with every tool and every framework the tests use
 install:

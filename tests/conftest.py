@@ -1,9 +1,17 @@
-"""What all tests share: how hard hypothesis searches, and which tests need an accelerator."""
+"""What all tests share: tools on the path, how hard hypothesis searches, which tests need an accelerator."""
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+# torch compiles DeepSpeed's operators with the ninja beside the interpreter, which the path leads to only in a shell
+# that activated the environment.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 # Deadlines measure the machine, not the code.
 settings.register_profile("default", max_examples=100, deadline=None)
