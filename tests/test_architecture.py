@@ -21,6 +21,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"tree"}),
     frozenset({"store", "container", "format", "catalog", "converter"}),
     frozenset({"run"}),
+    frozenset({"lazy", "checkpoint"}),
     frozenset({"train"}),
     frozenset({"integrations", "cli", "testing", "__main__"}),
 )
