@@ -142,9 +142,10 @@ class Catalog:
         spec, fragments = self.witnesses[name]
         return Witness(Cover.of(Key(name, "low-precision copy"), spec, fragments))
 
-    def unwitnessed(self) -> Catalog:
-        """The same catalog without low-precision copies to check against."""
-        return replace(self, witnesses={})
+    def unchecked(self) -> Catalog:
+        """The same catalog without low-precision copies and replicas to compare with."""
+        primary = {key: tuple(f for f in held if f.replica == 0) for key, held in self.fragments.items()}
+        return replace(self, witnesses={}, fragments=primary)
 
     @property
     def nbytes(self) -> int:

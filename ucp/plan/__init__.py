@@ -2,10 +2,11 @@
 
 from ucp.plan.fragment import Copy, Extent, Fragment, Key, TensorSpec, common
 from ucp.plan.match import Cover
-from ucp.plan.task import BLOCK_BYTES, Cost, Digests, Frame, Plan, Section, Task, Witness
+from ucp.plan.task import BLOCK_BYTES, HULL_BYTES, Cost, Digests, Frame, Plan, Section, Task, Witness
 
 __all__ = [
     "BLOCK_BYTES",
+    "HULL_BYTES",
     "Copy",
     "Cost",
     "Cover",

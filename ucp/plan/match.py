@@ -54,6 +54,15 @@ class Cover:
             copies.extend(common(fragment, target, self.spec.shape))
         return copies
 
+    def replica_copies_into(self, target: Fragment) -> list[list[Copy]]:
+        """For each further replica that meets `target`, the copies that bring it there."""
+        copies: dict[int, list[Copy]] = {}
+        for fragment in self.replicas:
+            met = common(fragment, target, self.spec.shape)
+            if met:
+                copies.setdefault(fragment.replica, []).extend(met)
+        return [copies[number] for number in sorted(copies)]
+
     def _near(self, target: Fragment) -> Sequence[Fragment]:
         wanted = as_flat(target.region, self.spec.shape)
         if not self.flat or wanted is None:

@@ -10,12 +10,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ucp.layout import FlatRange
-from ucp.plan.fragment import Extent, Fragment, Key
+from ucp.layout import FlatRange, itemsize
+from ucp.plan.fragment import Extent, Fragment
 from ucp.plan.match import Cover
 
 BLOCK_BYTES = 4 << 20
 """Bytes per digest block and per unit of work; a compromise between request count and memory."""
+
+HULL_BYTES = 8 << 20
+"""Most bytes read at once for the sake of a strided block inside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Section:
     @property
     def nbytes(self) -> int:
         """Length of the section."""
-        return self.region.length * Extent("", 0, (), (), self.cover.spec.dtype).itemsize
+        return self.region.length * itemsize(self.cover.spec.dtype)
 
     def blocks(self, block_bytes: int) -> Iterator[FlatRange]:
         """Cut the section's range into consecutive ranges of at most `block_bytes` bytes."""
@@ -102,7 +105,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a plan will do, known before it runs. Bytes are exact; witnesses are counted apart."""
+    """What a plan will do, known before it runs. Bytes are exact; those read only to compare are `bytes_checked`."""
 
     tensors: int
     objects_read: int
@@ -129,22 +132,24 @@ class Plan:
 
 def _cost(tasks: tuple[Task, ...]) -> Cost:
     sections = [section for task in tasks for section in task.sections]
-    covers = [section.cover for section in sections]
+    covers = {section.cover.key: section.cover for section in sections}
     witnesses = [(section.region, section.witness.cover) for section in sections if section.witness]
-    objects = {f.extent.object for cover in (*covers, *(w for _, w in witnesses)) for f in cover.fragments}
-    keys: set[Key] = {cover.key for cover in covers}
+    read = (*covers.values(), *(cover for _, cover in witnesses))
+    low = sum(region.length * itemsize(cover.spec.dtype) for region, cover in witnesses)
+    replicas = sum(fragment.extent.nbytes for cover in covers.values() for fragment in cover.replicas)
     return Cost(
-        tensors=len(keys),
-        objects_read=len(objects),
+        tensors=len(covers),
+        objects_read=len({f.extent.object for cover in read for f in (*cover.fragments, *cover.replicas)}),
         objects_written=len(tasks),
         bytes_read=sum(section.nbytes for section in sections),
-        bytes_checked=sum(region.length * Extent("", 0, (), (), w.spec.dtype).itemsize for region, w in witnesses),
+        bytes_checked=low + replicas,
         bytes_written=sum(task.size for task in tasks),
         peak_bytes_per_worker=max((_peak(task) for task in tasks), default=0),
     )
 
 
 def _peak(task: Task) -> int:
-    """Block buffer, strided hull, witness and rounding scratch: four blocks bound what a worker holds."""
+    """Bytes a worker holds at most: the block, what it is compared with, its rounding, and one hull of 8 MiB."""
     largest = max((section.nbytes for section in task.sections), default=0)
-    return 4 * min(task.frame.block_bytes, largest)
+    block = min(task.frame.block_bytes, largest)
+    return 5 * block + min(HULL_BYTES, 4 * block)

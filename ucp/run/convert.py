@@ -72,7 +72,7 @@ def prepare(
 ) -> Conversion:
     """Read the source's metadata and plan its conversion to family `to`, without writing anything.
 
-    `check` compares low-precision copies with the tensors; `restart` throws away what an earlier, different run left
+    `check` compares replicas and low-precision copies with the tensors; `restart` throws away what an earlier, different run left
     unfinished. `read_options` go to the source's converter, `options` to the target's. Raises what reading raises;
     UsageError if the destination is the source or holds something else.
     """
@@ -80,7 +80,7 @@ def prepare(
     destination_store = open_store(destination)
     _refuse_same(source_store, destination_store)
     if not check:
-        catalog = catalog.unwitnessed()
+        catalog = catalog.unchecked()
     target = converter(to).target(catalog, source_store, **options)
     plan = Plan.of(target.tasks)
     fingerprint = _fingerprint(catalog, plan, to)

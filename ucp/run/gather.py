@@ -8,14 +8,13 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ucp.layout import Box, FlatRange, Region
-from ucp.plan import Copy, Cover, Extent, Fragment
+from ucp.plan import HULL_BYTES, Copy, Cover, Extent, Fragment
 from ucp.run.cast import Array, cast, storage_dtype
 from ucp.store import Store
 
 Record = Callable[[str, int, memoryview], None]
 """Called with (object, offset, bytes) for every range that was read."""
 
-_HULL_BYTES = 8 << 20
 _DENSE = 4
 _SLACK = 64 << 10
 
@@ -48,7 +47,7 @@ def _copy(store: Store, copy: Copy, buffer: memoryview, record: Record | None) -
         return
     start, stop = source.span
     hull = stop - start
-    if hull <= _HULL_BYTES and hull <= _DENSE * source.nbytes + _SLACK:
+    if hull <= HULL_BYTES and hull <= _DENSE * source.nbytes + _SLACK:
         _through_hull(store, copy, buffer, record)
         return
     for part in _halves(copy, hull):

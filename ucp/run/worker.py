@@ -50,6 +50,7 @@ def _write_section(
     for region in section.blocks(task.frame.block_bytes):
         view = memoryview(scratch)[: region.length * width]
         gather(source, section.cover.copies_into(section.target(region)), view, ledger.record)
+        check_replicas(source, section, region, view, ledger)
         if section.witness is not None:
             check_witness(source, section, section.witness, region, view, ledger)
         crc32c.append(crc("crc32c", view))
@@ -59,6 +60,22 @@ def _write_section(
         offset += len(view)
         advance(len(view))
     return whole
+
+
+def check_replicas(source: Store, section: Section, region: FlatRange, data: memoryview, ledger: Ledger) -> None:
+    """ConflictError naming the first byte where a further replica of `region` differs from `data`."""
+    target = section.target(region)
+    for copies in section.cover.replica_copies_into(target):
+        other = bytearray(data)
+        gather(source, copies, memoryview(other), ledger.record)
+        if other != data:
+            first = int((np.frombuffer(other, np.uint8) != np.frombuffer(data, np.uint8)).argmax())
+            element = region.start + first * region.length // len(data)
+            names = sorted({copy.source.object for copy in copies})
+            raise ConflictError(
+                f"{section.cover.key}: replica in {' '.join(names)} differs from element {element} on",
+                hint="one of the two is damaged, or the ranks diverged; --no-check takes the first replica as it is",
+            )
 
 
 def check_witness(
