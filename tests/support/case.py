@@ -54,9 +54,14 @@ class Case:
         return self.world // self.pipeline_stages
 
     @property
+    def root(self) -> str:
+        """The save root, relative to the job's folder."""
+        return f"ckpt/checkpoint-{self.steps}" if self.launcher == "trainer" else "ckpt"
+
+    @property
     def tag(self) -> str:
         """The checkpoint's tag (the folder's name under the save root)."""
-        return f"global_step{self.steps}"
+        return "pytorch_model" if self.launcher == "accelerate" else f"global_step{self.steps}"
 
     def to_json(self) -> dict[str, Any]:
         """The case as a JSON object."""

@@ -73,4 +73,13 @@ _PIPELINE = tuple(
     )
 )
 
-CASES: dict[str, Case] = {case.name: case for case in (*_STAGE_0, *_STAGE_1, *_STAGE_2, *_STAGE_3, *_PIPELINE)}
+_WRAPPED = (
+    Case(name="trainer_z2_bf16_dp2", launcher="trainer", stage=2, dtype="bf16"),
+    Case(name="trainer_z3_fp32_dp3", launcher="trainer", stage=3, world=3),
+    Case(name="accelerate_z1_bf16_dp2", launcher="accelerate", stage=1, dtype="bf16"),
+    Case(name="accelerate_z3_fp32_dp2", launcher="accelerate", stage=3),
+)
+
+CASES: dict[str, Case] = {
+    case.name: case for case in (*_STAGE_0, *_STAGE_1, *_STAGE_2, *_STAGE_3, *_PIPELINE, *_WRAPPED)
+}

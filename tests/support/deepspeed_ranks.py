@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import engine as engines
-from tests.support import pipeline
 from tests.support import truth as truths
 from tests.support.case import Case
 from tests.support.client_state import client_state
 from tests.support.deepspeed_resume import Resume
-from tests.support.engine import Job
+from tests.support.engine import Job, Result
 from tests.support.gloo import spawn
 
 
@@ -29,19 +29,48 @@ def run(case: Case, out: Path, *, timeout: float) -> None:
 
 def _train_and_save(rank: int, world: int, case: Case, out: str) -> None:
     folder = Path(out)
-    build, train = (
-        (pipeline.build_job, pipeline.train) if case.launcher == "pipeline" else (engines.build_job, engines.train)
-    )
-    job = build(case, rank, world)
-    before = train(job, 0, case.steps)
-    save(job, folder / "ckpt")
-    truth, record = truths.gather(job), describe(job)
-    if case.launcher == "pipeline":
-        truth, record = pipeline.union(truth, record)
-    after = train(job, case.steps, case.more_steps)
+    truth, record, before, after = _LAUNCHERS[case.launcher](case, rank, world, folder)
     if rank == 0:
         save_file(truth, folder / "truth.safetensors")
         write_record(folder, {**record, "losses_before": before, "losses_after": after})
+
+
+def _run_engine(case: Case, rank: int, world: int, folder: Path) -> Result:
+    job = engines.build_job(case, rank, world)
+    before = engines.train(job, 0, case.steps)
+    save(job, folder / "ckpt")
+    truth, record = truths.gather(job), describe(job)
+    return truth, record, before, engines.train(job, case.steps, case.more_steps)
+
+
+def _run_pipeline(case: Case, rank: int, world: int, folder: Path) -> Result:
+    from tests.support import pipeline
+
+    job = pipeline.build_job(case, rank, world)
+    before = pipeline.train(job, 0, case.steps)
+    save(job, folder / "ckpt")
+    truth, record = pipeline.union(truths.gather(job), describe(job))
+    return truth, record, before, pipeline.train(job, case.steps, case.more_steps)
+
+
+def _run_trainer(case: Case, rank: int, world: int, folder: Path) -> Result:
+    from tests.support import trainer
+
+    return trainer.run(case, rank, world, folder, describe)
+
+
+def _run_accelerate(case: Case, rank: int, world: int, folder: Path) -> Result:
+    from tests.support import accelerated
+
+    return accelerated.run(case, rank, world, folder, describe)
+
+
+_LAUNCHERS: dict[str, Callable[[Case, int, int, Path], Result]] = {
+    "engine": _run_engine,
+    "pipeline": _run_pipeline,
+    "trainer": _run_trainer,
+    "accelerate": _run_accelerate,
+}
 
 
 def run_resume(request: Resume, out: Path, *, timeout: float) -> None:
@@ -96,6 +125,7 @@ def describe(job: Job) -> dict[str, Any]:
     module = engine.module
     return {
         "case": case.to_json(),
+        "root": case.root,
         "tag": case.tag,
         "layout": {"world": case.world, "dp": case.data_parallel, "pp": case.pipeline_stages, "stage": case.stage},
         "versions": {

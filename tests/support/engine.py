@@ -15,6 +15,10 @@ from tests.support.model import GLOBAL_BATCH, build_model, group_names, local_ba
 from tests.support.optimizers import build_optimizer
 
 
+Result = tuple[dict[str, Tensor], dict[str, Any], list[float], list[float]]
+"""What a job hands back: truth, record, losses before the save, losses after it."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
     """A running engine with what is needed to train and to describe it."""
