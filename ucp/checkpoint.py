@@ -1,0 +1,223 @@
+"""`ucp.open`: any readable checkpoint as a mapping of lazily sliced tensors.
+
+Opening reads metadata; bytes of tensors are read when a tensor is indexed, and just those asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+
+from ucp.catalog import Catalog, Kind, ParamGroup
+from ucp.converter import read_catalog
+from ucp.errors import NotFoundError
+from ucp.layout import Mesh, Shape
+from ucp.lazy import LazyTensor, lazy_tree, of_scalar, of_state
+from ucp.store import Store
+from ucp.tree import Tree
+
+if TYPE_CHECKING:
+    import torch
+
+V = TypeVar("V")
+D = TypeVar("D")
+
+
+def open_checkpoint(url: str, *, family: str | None = None, **options: Any) -> Checkpoint:
+    """Open the checkpoint at `url`, whatever framework wrote it; this is `ucp.open`.
+
+    Reads metadata only. `family` skips detection; `options` go to the family's reader.
+
+    >>> ckpt = ucp.open("runs/7/global_step1000")                       # doctest: +SKIP
+    >>> ckpt["transformer.h.0.attn.weight"]["exp_avg"][:16, ::2]        # doctest: +SKIP
+
+    Raises NotFoundError where there is no checkpoint, and what the family's reader raises for a damaged one.
+    """
+    return Checkpoint(*read_catalog(url, family=family, **options))
+
+
+class _Lookup(Mapping[str, V]):
+    """A mapping whose missing names raise NotFoundError, which is a LookupError but no KeyError."""
+
+    @overload
+    def get(self, key: str, default: None = None, /) -> V | None: ...
+    @overload
+    def get(self, key: str, default: V | D, /) -> V | D: ...
+    def get(self, key: str, default: Any = None, /) -> Any:
+        """The entry, or `default` where there is none."""
+        if key not in self:
+            return default
+        return self[key]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor(_Lookup[LazyTensor]):
+    """One logical tensor of a checkpoint: state -> `LazyTensor`.
+
+    States are ``value`` (the highest-precision copy), ``exp_avg``, ``exp_avg_sq``, …; numbers kept per parameter, such
+    as ``step``, follow as 0-d tensors.
+    """
+
+    name: str
+    _catalog: Catalog
+    _store: Store
+
+    @property
+    def kind(self) -> Kind:
+        """Whether it is a ``parameter``, a ``frozen`` parameter or a ``buffer``."""
+        return self._catalog.tensors[self.name].kind
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the value."""
+        return self._main.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the value as it is stored."""
+        return self._main.dtype
+
+    @property
+    def scalars(self) -> dict[str, int | float | bool]:
+        """The numbers kept for this parameter, by name."""
+        return {name: scalar.value for name, scalar in self._catalog.tensors[self.name].scalars.items()}
+
+    def __getitem__(self, state: str) -> LazyTensor:
+        tensor = self._catalog.tensors[self.name]
+        if state in tensor.states:
+            return of_state(self._catalog, self._store, self.name, state)
+        if state in tensor.scalars:
+            return of_scalar(f"{self.name}[{state}]", tensor.scalars[state])
+        has = " ".join(self)
+        raise NotFoundError(f"{self._catalog.url}: {self.name} has no state {state!r}", hint=f"it has: {has}")
+
+    def __contains__(self, state: object) -> bool:
+        tensor = self._catalog.tensors[self.name]
+        return state in tensor.states or state in tensor.scalars
+
+    def __iter__(self) -> Iterator[str]:
+        tensor = self._catalog.tensors[self.name]
+        yield from tensor.states
+        yield from (name for name in tensor.scalars if name not in tensor.states)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        states = " ".join(self)
+        return (
+            f"StoredTensor({self.name!r}, {self.kind}, {list(self.shape)}, {self._main.dtype_name}, states: {states})"
+        )
+
+    @property
+    def _main(self) -> LazyTensor:
+        return self["value"] if "value" in self else self[next(iter(self))]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint(_Lookup[StoredTensor]):
+    """A readable checkpoint: name -> `StoredTensor`, under the names of the model that was saved.
+
+    Iteration and ``len`` count every tensor once; an alias of a tied tensor can be looked up like any other name.
+    Use it as a context manager, or `close` it, to release open files.
+    """
+
+    catalog: Catalog
+    store: Store
+
+    @property
+    def url(self) -> str:
+        """Where the checkpoint lies."""
+        return self.catalog.url
+
+    @property
+    def family(self) -> str:
+        """The family of the writer, such as ``deepspeed`` or ``universal``."""
+        return self.catalog.source.family
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, aliases left out (see `ties`)."""
+        return tuple(self.catalog.tensors)
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps done when it was saved, or None where the source does not say."""
+        return self.catalog.step
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of ranks that saved it."""
+        return self.catalog.source.mesh
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Alias -> name of the tensor that it shares."""
+        return self.catalog.ties
+
+    @property
+    def param_groups(self) -> tuple[ParamGroup, ...]:
+        """The optimizer's hyper-parameters by group, with the names of each group's parameters."""
+        return self.catalog.param_groups
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks of the reader, such as an inference that was made."""
+        return self.catalog.notes
+
+    @cached_property
+    def state(self) -> dict[str, Tree]:
+        """The rest of the training state (schedulers, RNG, client state), tensors as `LazyTensor`.
+
+        Objects of classes stay `ucp.Opaque`: they are never built.
+        """
+        return {name: lazy_tree(self.store, tree, name) for name, tree in self.catalog.state.items()}
+
+    def state_dict(self, state: str = "value", *, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Read `state` of every tensor that has it: name -> tensor, aliases too, sharing the tensor they are tied to.
+
+        `prefix` selects the names that begin with it and cuts it off: the state of a sub-module.
+        """
+        canonical = {**{name: name for name in self.catalog.tensors}, **self.catalog.ties}
+        read: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
+        for name, holder in canonical.items():
+            if name.startswith(prefix) and state in self[holder]:
+                if holder not in read:
+                    read[holder] = self[holder][state][...]
+                found[name[len(prefix) :]] = read[holder]
+        return found
+
+    def close(self) -> None:
+        """Release open files. The checkpoint stays usable and opens them again."""
+        self.store.close()
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return StoredTensor(self.catalog.resolve(name), self.catalog, self.store)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.catalog.tensors or name in self.catalog.ties
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.catalog.tensors)
+
+    def __len__(self) -> int:
+        return len(self.catalog.tensors)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        states = dict.fromkeys(state for tensor in self.catalog.tensors.values() for state in tensor.states)
+        return (
+            f"Checkpoint({self.url!r}, {self.family}, step {self.step}, {len(self)} tensors, "
+            f"{self.catalog.nbytes / 1e6:.1f} MB, states: {' '.join(states)}, written on {self.mesh})"
+        )
