@@ -64,7 +64,7 @@ def round_to_bfloat16(array: Array) -> Array:
     return result
 
 
-def is_rounded(exact: Array, exact_dtype: str, low: Array, low_dtype: str) -> Array:
+def contradicts(exact: Array, exact_dtype: str, low: Array, low_dtype: str) -> Array:
     """Where `low` is not `exact` rounded to `low_dtype`: True at contradictions; any NaN equals any."""
     expected = cast(exact, exact_dtype, low_dtype)
     width = _UNSIGNED[itemsize(low_dtype)]

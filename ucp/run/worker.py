@@ -9,7 +9,7 @@ import numpy as np
 from ucp.errors import ConflictError
 from ucp.layout import FlatRange
 from ucp.plan import Digests, Section, Task, Witness
-from ucp.run.cast import is_rounded, storage_dtype
+from ucp.run.cast import contradicts, storage_dtype
 from ucp.run.crc import crc
 from ucp.run.gather import gather, read_region
 from ucp.run.integrity import Ledger
@@ -85,7 +85,7 @@ def check_witness(
     spec, low_spec = section.cover.spec, witness.cover.spec
     low = read_region(source, witness.cover, region, ledger.record).view(storage_dtype(low_spec.dtype))
     exact = np.frombuffer(data, storage_dtype(spec.dtype))
-    differs = is_rounded(exact, spec.dtype, low, low_spec.dtype)
+    differs = contradicts(exact, spec.dtype, low, low_spec.dtype)
     if not differs.any():
         return
     first = int(differs.argmax())

@@ -1,0 +1,1 @@
+"""What others test their own stores and converters with: hypothesis strategies and conformance suites."""
