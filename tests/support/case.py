@@ -18,7 +18,7 @@ class Case:
 
     `world` counts ranks; with ``launcher="pipeline"`` the data-parallel degree is ``world // pipeline_stages``.
     `groups` is the number of optimizer parameter groups (1, 2 or 3), each with its own hyper-parameters.
-    `loss_scale_power` is the first fp16 loss scale's exponent; a large one makes the first steps overflow and be skipped.
+    `loss_scale_power` is the first fp16 loss scale's exponent; a large one makes the first steps overflow: skipped.
     `grad_accum_fp32` with bf16 and stage 1 selects DeepSpeed's ``BF16_Optimizer``.
     """
 

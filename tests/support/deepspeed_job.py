@@ -2,9 +2,9 @@
 
     python -m tests.support.deepspeed_job jobs.json
 
-`jobs.json` is a list of ``{"case": {...}, "out": folder}``.  DeepSpeed is imported once and every job's ranks are forked
-from that process.  Each folder gets ``ckpt/`` (the save root), ``truth.safetensors`` and ``case.json``; it appears
-under its name only when it is complete.
+`jobs.json` is a list of ``{"case": {...}, "out": folder}``.  DeepSpeed is imported once and every job's ranks are
+forked from that process.  Each folder gets ``ckpt/`` (the save root), ``truth.safetensors`` and ``case.json``; it
+appears under its name only when it is complete.
 """
 
 from __future__ import annotations

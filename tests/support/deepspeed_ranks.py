@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 from collections.abc import Callable
@@ -87,9 +88,9 @@ def _load_and_train(rank: int, world: int, request: Resume, out: str) -> None:
     path, client = job.engine.load_checkpoint(request.root, tag=request.tag)
     if path is None:
         raise FileNotFoundError(f"DeepSpeed found no checkpoint to load under {request.root}")
-    if request.reset_groups is not None:
-        for group, values in zip(job.base_optimizer.param_groups, request.reset_groups, strict=True):
-            group.update(values)
+    repair_loaded(job, request)
+    if request.finish is not None:
+        finish(request.finish)(job.engine, request.root)
     state = truths.gather(job)
     record = describe(job)
     losses = engines.train(job, request.first_step, request.steps)
@@ -97,6 +98,24 @@ def _load_and_train(rank: int, world: int, request: Resume, out: str) -> None:
         save_file(state, folder / "state.safetensors")
         described = {key: repr(value) for key, value in client.items()}
         write_record(folder, {**record, "losses": losses, "client_state": described})
+
+
+def repair_loaded(job: Job, request: Resume) -> None:
+    """Undo what stock DeepSpeed's loaders do to an optimizer, as far as the request asks for it."""
+    base = job.base_optimizer
+    if request.reset_groups is not None:
+        for group, values in zip(base.param_groups, request.reset_groups, strict=True):
+            group.update(values)
+    if request.separate_steps:
+        for state in base.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+
+def finish(name: str) -> Any:
+    """The function that ``package.module:name`` names."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def load_module(job: Job, path: Path) -> None:

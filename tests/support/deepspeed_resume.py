@@ -28,8 +28,12 @@ class Resume:
     around the tag's folder; `tag` None takes the one named in ``latest`` (``latest_universal`` with `universal`).
     `reset_groups` sets each optimizer group's hyper-parameters from the given list after loading, which a ZeRO-3 job
     needs because DeepSpeed hands every group those of the first one (runtime/zero/stage3.py).
+    `separate_steps` gives every optimizer state its own copy of the step count after loading: DeepSpeed's universal
+    ZeRO-3 loader hands one tensor to all sub-groups, so torch's optimizers, which count in place, count it several
+    times per step.
     `module_state` loads this file of named tensors into the module (not strictly) before DeepSpeed loads: its universal
-    loader restores neither buffers nor frozen parameters.
+    loader restores neither buffers nor frozen parameters.  `finish` names a function (``package.module:name``) to call
+    with the engine and `root` right after loading.
     """
 
     case: Case
@@ -39,7 +43,9 @@ class Resume:
     first_step: int
     steps: int = 3
     reset_groups: list[dict[str, Any]] | None = None
+    separate_steps: bool = False
     module_state: str | None = None
+    finish: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The resume as a JSON object."""
@@ -55,8 +61,9 @@ class Resume:
 class Resumed:
     """What stock DeepSpeed made of a checkpoint.
 
-    `record` has the keys of a job's ``case.json`` (global_steps, lrs, groups, steps, loss_scale, ...) as they were right
-    after loading, and ``losses`` of the steps that followed; ``client_state`` holds what DeepSpeed handed back, as text.
+    `record` has the keys of a job's ``case.json`` (global_steps, lrs, groups, steps, loss_scale, ...) as they were
+    right after loading, and ``losses`` of the steps that followed; ``client_state`` is what DeepSpeed handed back, each
+    value as its repr.
     """
 
     folder: Path

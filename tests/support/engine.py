@@ -14,7 +14,6 @@ from tests.support.case import Case
 from tests.support.model import GLOBAL_BATCH, build_model, group_names, local_batch, param_groups
 from tests.support.optimizers import build_optimizer
 
-
 Result = tuple[dict[str, Tensor], dict[str, Any], list[float], list[float]]
 """What a job hands back: truth, record, losses before the save, losses after it."""
 
@@ -38,7 +37,8 @@ class Job:
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer under any wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        base: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return base
 
 
 def prepare_process() -> None:

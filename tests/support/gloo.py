@@ -43,7 +43,7 @@ def spawn(
     Raises `RankFailed` with the first rank's traceback; no rank outlives the call.
     """
     with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
-        context = multiprocessing.get_context(method)
+        context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor"])
         processes = [

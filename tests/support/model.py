@@ -43,6 +43,9 @@ class Block(nn.Module):
 class TinyLM(nn.Module):
     """The language model; called with token ids ``[batch, LENGTH]`` and, for a loss, with labels of the same shape."""
 
+    drift: Tensor
+    calls: Tensor
+
     def __init__(self, *, tied: bool = True, frozen: bool = True, unused: bool = False, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, HIDDEN)
@@ -74,7 +77,7 @@ class TinyLM(nn.Module):
     @torch.no_grad()
     def _touch_buffers(self) -> None:
         # The drift depends on the step count alone: ranks see different data, and a buffer must agree between them.
-        self.drift.mul_(0.9).add_(torch.linspace(0.0, 0.1, HIDDEN).to(self.drift.dtype))
+        self.drift.mul_(0.9).add_(torch.linspace(0.0, 0.1, HIDDEN, dtype=self.drift.dtype))
         self.calls.add_(1)
 
 
@@ -105,7 +108,7 @@ def local_batch(step: int, *, rank: int, world: int) -> tuple[Tensor, Tensor]:
 
 
 def group_names(model: nn.Module, groups: int) -> list[list[str]]:
-    """Names of the trainable parameters of each optimizer group: all / decay, no decay / decay, no decay, embeddings."""
+    """Names of the trained parameters of each optimizer group: decayed, not decayed and, with three, embeddings."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if groups == 1:
         return [[name for name, _ in named]]

@@ -21,11 +21,10 @@ class SignMomentum(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad.to(parameter.dtype), group)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         fast, slow = group["betas"]
-        grad = parameter.grad.to(parameter.dtype)
         momentum = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(torch.lerp(grad, momentum, fast).sign_(), alpha=-group["lr"])
@@ -37,7 +36,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
     if name == "adamw":
         return torch.optim.AdamW(groups, eps=1e-8)
     if name == "adamw_fused":
-        return _fused_class()(groups)
+        return _fused(groups)
     if name == "lion":
         return SignMomentum([{**group, "lr": group["lr"] * 0.1} for group in groups])
     bare = [{key: value for key, value in group.items() if key != "betas"} for group in groups]
@@ -53,7 +52,7 @@ def group_momentum(index: int) -> float:
     return (0.9, 0.8, 0.7)[index]
 
 
-def _fused_class() -> type[torch.optim.Optimizer]:
+def _fused(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """DeepSpeed's FusedAdam with its compiled kernel replaced by the same arithmetic in torch.
 
     DeepSpeed picks its flat stage-0 wrapper (runtime/fp16/fused_optimizer.py) by this type, and this type keeps a step
@@ -70,7 +69,7 @@ def _fused_class() -> type[torch.optim.Optimizer]:
             self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int32)
             self.multi_tensor_adam = _multi_tensor_adam
 
-    return TorchFusedAdam
+    return TorchFusedAdam(groups)
 
 
 @torch.no_grad()

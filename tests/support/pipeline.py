@@ -50,6 +50,8 @@ class Embedding(nn.Module):
 class FinalNorm(nn.Module):
     """Layer before the head, with a persistent buffer."""
 
+    ticks: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(HIDDEN)
@@ -103,7 +105,7 @@ def train(job: Job, first: int, count: int) -> list[float]:
 def _micro_batches(job: Job, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     replica = job.engine.grid.get_data_parallel_rank()
     inputs, labels = local_batch(step, rank=replica, world=job.case.data_parallel)
-    yield from zip(inputs.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True)
+    yield from zip(torch.split(inputs, MICRO_BATCH), torch.split(labels, MICRO_BATCH), strict=True)
 
 
 def union(truth: dict[str, Tensor], record: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

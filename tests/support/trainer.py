@@ -15,6 +15,7 @@ from tests.support.case import Case
 from tests.support.engine import Job, Result, engine_config
 from tests.support.model import GLOBAL_BATCH, VOCAB, batch
 
+
 class Samples(Dataset[dict[str, Tensor]]):
     """The samples of the first `steps` batches."""
 
@@ -75,7 +76,7 @@ class TruthAtSave(transformers.TrainerCallback):
 
     def _groups(self) -> list[list[str]]:
         assert self.trainer is not None
-        model = self.trainer.model
+        model: Any = self.trainer.model
         decayed = set(self.trainer.get_decay_parameter_names(model))
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         return [[name for name in trained if name in decayed], [name for name in trained if name not in decayed]]

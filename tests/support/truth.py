@@ -147,7 +147,7 @@ def _join(partition: Tensor, job: Job) -> Tensor:
 def _unpartitioned(job: Job) -> Truth:
     """Stage 0: the plain torch optimizer, or a 16-bit wrapper with per-parameter or flat fp32 masters."""
     optimizer = job.optimizer
-    masters = getattr(optimizer, "fp32_groups", None) or getattr(optimizer, "fp32_groups_flat", None)
+    masters: Any = getattr(optimizer, "fp32_groups", None) or getattr(optimizer, "fp32_groups_flat", None)
     flat = hasattr(optimizer, "fp32_groups_flat")
     parameters = _named(job)
     truth: Truth = {}
