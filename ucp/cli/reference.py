@@ -1,0 +1,91 @@
+"""The reference of the command line, made from the commands: ``python -m ucp.cli.reference > docs/cli.md``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import click
+
+from ucp import errors
+from ucp.cli.app import COMMANDS, PREFIX, program
+from ucp.cli.command import Command
+
+_WIDTH = 100
+
+_HEAD = """\
+# Command line
+
+This page is made from the program: `python -m ucp.cli.reference > docs/cli.md`.
+
+SOURCE, DESTINATION and URL are local paths, `file://…` or any URL that fsspec knows. The family of a checkpoint is
+detected. Data goes to standard output; progress, notes and hints go to standard error. Colours are used on terminals
+only, and not at all when `NO_COLOR` is set. On a terminal a bar shows progress, elsewhere a line every ten seconds.
+"""
+
+_JSON = """\
+## JSON
+
+With `--json` a command prints one JSON document on standard output, with exactly the keys listed for it below; keys are
+only ever added. Numbers that JSON lacks are the strings `nan`, `inf` and `-inf`. If a command fails, the document is
+
+```json
+{"error": {"code": "not-found", "message": "what and where", "hint": "what to do, or null", "exit_code": 3}}
+```
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    sections = [_HEAD, _exit_codes(), _JSON, _environment(), _help("ucp", program)]
+    for name in COMMANDS:
+        command = program.get_command(click.Context(program), name)
+        assert isinstance(command, Command)
+        sections += [_help(name, command), _keys(command)]
+    return "\n".join(sections)
+
+
+def _help(name: str, command: click.Command) -> str:
+    parent = None if command is program else click.Context(program, info_name="ucp")
+    context = click.Context(command, info_name=name, parent=parent, max_content_width=_WIDTH, terminal_width=_WIDTH)
+    context.help_option_names = ["-h", "--help"]
+    return f"## {context.command_path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
+
+
+def _keys(command: Command) -> str:
+    rows = "\n".join(f"| `{key}` | {meaning} |" for key, meaning in command.json_keys.items())
+    return f"| JSON key | meaning |\n|---|---|\n{rows}\n"
+
+
+def _exit_codes() -> str:
+    rows = ["| 0 | | it worked |"]
+    classes = [getattr(errors, name) for name in errors.__all__]
+    for kind in sorted(classes, key=lambda kind: (kind.exit_code, kind.code)):
+        meaning = (kind.__doc__ or "").strip().splitlines()[0]
+        rows.append(f"| {kind.exit_code} | `{kind.code}` | {_MEANING.get(kind.code, meaning)} |")
+    rows.append("| 141 | | the reader of standard output went away |")
+    return "## Exit codes\n\n| exit code | error code | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+_MEANING = {"internal": "A bug in ucp; please report it."}
+
+
+def _environment() -> str:
+    shared = ("JSON", "QUIET", "VERBOSE", "NO_PROGRESS")
+    rows = [f"| `UCP_{flag}` | `--{flag.lower().replace('_', '-')}` of every command |" for flag in shared]
+    for name in COMMANDS:
+        rows += [f"| `{variable}` | `{option}` of `ucp {name}` |" for variable, option in _variables(name)]
+    return "## Environment\n\n| variable | option |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _variables(name: str) -> Iterator[tuple[str, str]]:
+    """(variable, option) of each option that a command does not share with all others."""
+    command = program.get_command(click.Context(program), name)
+    assert command is not None
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name and not option.envvar:
+            yield f"{PREFIX}_{name}_{option.name}".upper(), option.opts[-1]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())
