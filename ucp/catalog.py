@@ -5,7 +5,7 @@ Readers make catalogs; `ucp.open`, `ucp.load`, conversion and the command line o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -103,7 +103,7 @@ class Catalog:
     ties: Mapping[str, str] = field(default_factory=dict)
     param_groups: tuple[ParamGroup, ...] = ()
     state: Mapping[str, Tree] = field(default_factory=dict)
-    checksums: tuple[Checksum, ...] = ()
+    checksums: Sequence[Checksum] = ()
     objects: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)

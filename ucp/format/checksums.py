@@ -1,0 +1,95 @@
+"""The digests of a universal checkpoint as checksums of a catalog, read only when somebody wants them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+from crc32c import crc32c
+
+from ucp.catalog import Checksum
+from ucp.errors import CorruptError
+from ucp.format.manifest import Manifest
+from ucp.format.records import DIGESTS, Array, File
+from ucp.layout import itemsize
+from ucp.plan import BLOCK_BYTES
+from ucp.store import Store
+
+
+def read_file(store: Store, file: File) -> bytes:
+    """The bytes of a small file; CorruptError if they are not what the manifest says."""
+    data = store.read(file.path)
+    if len(data) != file.size or crc32c(data) != file.crc32c:
+        raise CorruptError(
+            f"{store.url}/{file.path}: {len(data)} bytes that are not those the manifest digested",
+            hint="the file is damaged: restore it from another copy",
+        )
+    return data
+
+
+@dataclass(eq=False)
+class Checksums(Sequence[Checksum]):
+    """One checksum per digest block, one per run of bytes around the data of an object, one per small file.
+
+    The block digests are one small object, which is read at the first use.
+    """
+
+    store: Store
+    manifest: Manifest
+    _all: list[Checksum] = field(default_factory=list)
+
+    @overload
+    def __getitem__(self, index: int) -> Checksum: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Checksum]: ...
+    def __getitem__(self, index: int | slice) -> Checksum | Sequence[Checksum]:
+        return self._loaded()[index]
+
+    def __len__(self) -> int:
+        return len(self._loaded())
+
+    def __iter__(self) -> Iterator[Checksum]:
+        return iter(self._loaded())
+
+    def _loaded(self) -> list[Checksum]:
+        if not self._all:
+            self._all = list(self._load())
+        return self._all
+
+    def _load(self) -> Iterator[Checksum]:
+        data = read_file(self.store, self.manifest.files[DIGESTS])
+        at = 0
+        for array in (array for record in self.manifest.records for array in record.arrays):
+            for number in range(array.grid.count):
+                end = at + 4 * array.grid.blocks(number)
+                yield from self._of_object(array, number, data[at:end])
+                at = end
+        if at != len(data):
+            raise CorruptError(f"{self.store.url}/{DIGESTS}: {len(data)} bytes where {at} were expected")
+        for file in self.manifest.files.values():
+            yield Checksum(file.path, 0, file.size, "crc32c", file.crc32c)
+
+    def _of_object(self, array: Array, number: int, blocks: bytes) -> Iterator[Checksum]:
+        shard, path = array.shards[number], array.object(number)
+        if len(blocks) != 4 * array.grid.blocks(number) or crc32c(blocks) != shard.blocks:
+            raise CorruptError(f"{self.store.url}/{DIGESTS}: the digests of {path} are not those of the manifest")
+        yield Checksum(path, 0, shard.data, "crc32c", shard.header)
+        values = struct.unpack(f"<{len(blocks) // 4}I", blocks)
+        spans = _block_spans(array, number, shard.data)
+        for (start, stop), value in zip(spans, values, strict=True):
+            yield Checksum(path, start, stop - start, "crc32c", value)
+        index = array.grid.index_bytes(number)
+        yield Checksum(path, shard.size - index, index, "crc32c", shard.index)
+
+
+def _block_spans(array: Array, number: int, start: int) -> Iterator[tuple[int, int]]:
+    """Absolute byte ranges of the digest blocks of an object: each state's run, cut every BLOCK_BYTES."""
+    width = itemsize(array.grid.dtype)
+    step = BLOCK_BYTES // width * width
+    for _ in array.states:
+        end = start + array.grid.run_bytes(number)
+        for at in range(start, end, step):
+            yield at, min(at + step, end)
+        start = end

@@ -1,0 +1,126 @@
+"""A catalog laid out in the universal form: one task per object, then the small objects, the root last."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from crc32c import crc32c
+from numpy.lib.stride_tricks import as_strided
+
+from ucp.catalog import Catalog, Tensor
+from ucp.errors import FitError
+from ucp.format.documents import compact, root_document, zarr_documents
+from ucp.format.grid import SHARD_BYTES, Grid
+from ucp.format.manifest import FAMILY, encode_groups, keeps, make_manifest
+from ucp.format.names import component
+from ucp.format.records import BLOBS, DIGESTS, ROOT, STATE, TENSORS, Array, File, Record, Shard
+from ucp.format.shard import INDEX, ShardFrame
+from ucp.format.state import Encoder
+from ucp.plan import Digests, Task, TensorSpec
+from ucp.store import Store
+from ucp.tree import TensorLeaf
+
+
+@dataclass(frozen=True)
+class UniversalTarget:
+    """A universal checkpoint to be written; `records` say how, but do not know the digests yet."""
+
+    catalog: Catalog
+    store: Store
+    records: tuple[Record, ...]
+    tasks: tuple[Task, ...]
+    family: str = FAMILY
+    root: str = ROOT
+
+    def finish(self, digests: Mapping[str, Digests]) -> Iterator[tuple[str, bytes]]:
+        """Zarr metadata, training state and block digests, then the root with the manifest."""
+        records = [_digested(record, digests) for record in self.records]
+        documents = zarr_documents(records)
+        encoder = Encoder(partial(leaf_bytes, self.store))
+        blocks = b"".join(_blocks(digests[path]) for record in records for _, path in _objects(record))
+        state = {name: encoder.encode(tree, where=name) for name, tree in self.catalog.state.items()}
+        groups = encode_groups(self.catalog, encoder)
+        blobs, table = encoder.blobs()
+        small = {f"{folder}/{ROOT}": compact(document) for folder, document in documents.items()}
+        if blobs:
+            small[BLOBS] = blobs
+        small[STATE] = compact({"blobs": table, "state": state})
+        small[DIGESTS] = blocks
+        files = [File(path, len(data), crc32c(data)) for path, data in small.items()]
+        yield from small.items()
+        manifest = make_manifest(self.catalog, records, files, groups=groups, digests=blocks)
+        yield ROOT, compact(root_document(manifest, documents, keeps(self.catalog).attributes))
+
+
+def make_target(catalog: Catalog, store: Store, *, shard_bytes: int = SHARD_BYTES) -> UniversalTarget:
+    """Lay `catalog`, which lies in `store`, out in objects of about `shard_bytes` data bytes."""
+    extra = keeps(catalog).tensors
+    records = tuple(
+        Record(tensor, tuple(_arrays(tensor, shard_bytes)), extra.get(name, {}))
+        for name, tensor in catalog.tensors.items()
+    )
+    tasks = tuple(_task(catalog, frame, path) for record in records for frame, path in _objects(record))
+    return UniversalTarget(catalog, store, records, tasks)
+
+
+def _arrays(tensor: Tensor, shard_bytes: int) -> Iterator[Array]:
+    """One array per shape and dtype, the one with ``value`` first."""
+    groups: dict[TensorSpec, list[str]] = {}
+    for state in sorted(tensor.states, key=lambda state: state != "value"):
+        if state in ("", INDEX, "__metadata__"):
+            raise FitError(f"{tensor.name}: a state cannot be named {state!r} in the universal form")
+        groups.setdefault(tensor.states[state], []).append(state)
+    for number, (spec, states) in enumerate(groups.items()):
+        folder = component(tensor.name, states[0] if number else None)
+        grid = Grid.choose(len(states), spec.shape, spec.dtype, shard_bytes=shard_bytes)
+        yield Array(f"{TENSORS}/{folder}", tuple(states), grid)
+
+
+def _objects(record: Record) -> Iterator[tuple[ShardFrame, str]]:
+    """Frame and path of every object of a tensor, in manifest order."""
+    for array in record.arrays:
+        for number in range(array.grid.count):
+            yield ShardFrame(record.tensor.name, array.states, array.grid, number), array.object(number)
+
+
+def _task(catalog: Catalog, frame: ShardFrame, path: str) -> Task:
+    covers = tuple(catalog.cover(frame.name, state) for state in frame.states)
+    witnesses = tuple(catalog.witness(frame.name) if state == "value" else None for state in frame.states)
+    return frame.task(path, covers, witnesses)
+
+
+def _digested(record: Record, digests: Mapping[str, Digests]) -> Record:
+    """The record with its objects, whose digests are known now."""
+    shards = {path: _shard(frame, digests[path]) for frame, path in _objects(record)}
+    arrays = (
+        replace(array, shards=tuple(shards[array.object(number)] for number in range(array.grid.count)))
+        for array in record.arrays
+    )
+    return replace(record, arrays=tuple(arrays))
+
+
+def _shard(frame: ShardFrame, digests: Digests) -> Shard:
+    header, (start, suffix) = frame.header, frame.suffix(digests)
+    return Shard(start + len(suffix), len(header), crc32c(header), crc32c(suffix), crc32c(_blocks(digests)))
+
+
+def _blocks(digests: Digests) -> bytes:
+    return struct.pack(f"<{len(digests.crc32c)}I", *digests.crc32c)
+
+
+def leaf_bytes(store: Store, leaf: TensorLeaf) -> bytes:
+    """The bytes of a tensor of training state, C order, wherever it lies in `store`."""
+    extent = leaf.extent
+    if leaf.inline is not None or not extent.nbytes:
+        return leaf.inline or b""
+    start, stop = extent.span
+    data = store.read(extent.object, start, stop - start)
+    if extent.is_contiguous:
+        return data
+    item = np.dtype(f"V{extent.itemsize}")
+    strides = tuple(stride * extent.itemsize for stride in extent.strides)
+    return as_strided(np.frombuffer(data, item), extent.shape, strides).tobytes()

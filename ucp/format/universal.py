@@ -1,0 +1,138 @@
+"""The converter of the universal form itself: reads what it wrote, from the manifest alone, and lays catalogs out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ucp.catalog import Catalog
+from ucp.errors import CorruptError, NotFoundError, UsageError
+from ucp.format import parse
+from ucp.format.checksums import Checksums, read_file
+from ucp.format.documents import Json, parsed, root_digest, zarr_documents
+from ucp.format.grid import SHARD_BYTES
+from ucp.format.manifest import FAMILY, Manifest, read_manifest
+from ucp.format.records import BLOBS, DIGESTS, ROOT, STATE
+from ucp.format.state import Blob, Decoder
+from ucp.format.target import UniversalTarget, leaf_bytes, make_target
+from ucp.layout import Shape
+from ucp.plan import Fragment, Key
+from ucp.store import Store
+
+_GLANCE = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class UniversalConverter:
+    """Reads and writes family ``universal``."""
+
+    family: str = FAMILY
+
+    def detect(self, store: Store) -> bool:
+        """Whether there is a root group with a manifest; without a root nothing is a checkpoint."""
+        if not store.exists(ROOT):
+            return False
+        return b'"ucp"' in store.read(ROOT, 0, min(store.entry(ROOT).size, _GLANCE))
+
+    def read(self, store: Store, **options: Any) -> Catalog:
+        """The catalog: root, training state and one listing are read, no object is opened.
+
+        NotFoundError if there is no root, FitError for a newer major version, CorruptError for whatever is damaged,
+        missing, shorter than it should be, or contradicts itself.
+        """
+        if options:
+            raise UsageError(f"a universal checkpoint is read without options, not {' '.join(sorted(options))}")
+        attributes, manifest = _read_root(store)
+        where = f"{store.url}/{ROOT}"
+        decoder, state = _read_state(store, manifest)
+        fragments: dict[Key, tuple[Fragment, ...]] = {}
+        for record in manifest.records:
+            for array in record.arrays:
+                fragments.update(array.fragments(record.tensor.name))
+        return Catalog(
+            url=store.url,
+            source=manifest.source,
+            tensors={record.tensor.name: record.tensor for record in manifest.records},
+            fragments=fragments,
+            step=manifest.step,
+            ties=manifest.ties,
+            param_groups=manifest.param_groups(decoder, where=where),
+            state={name: decoder.decode(value, where=name) for name, value in state.items()},
+            checksums=Checksums(store, manifest),
+            objects=_objects(store, manifest),
+            notes=manifest.notes,
+            options={FAMILY: manifest.kept(attributes)},
+        )
+
+    def target(
+        self, catalog: Catalog, store: Store, *, shard_bytes: int = SHARD_BYTES, **options: Any
+    ) -> UniversalTarget:
+        """Lay `catalog` out in objects of about `shard_bytes` bytes; UsageError for any other option."""
+        if options:
+            raise UsageError(f"unknown options for a universal target: {' '.join(sorted(options))}")
+        return make_target(catalog, store, shard_bytes=shard_bytes)
+
+
+def _read_root(store: Store) -> tuple[Json, Manifest]:
+    """Attributes of the root group, and its manifest, checked against its digest and its consolidated metadata."""
+    where = f"{store.url}/{ROOT}"
+    root = parsed(store.read(ROOT), where=where)
+    attributes = parse.member(root, "attributes", dict, where)
+    if "ucp" not in attributes:
+        raise NotFoundError(f"{where}: a Zarr group, but no universal checkpoint")
+    raw = parse.member(attributes, "ucp", dict, where)
+    parse.check_version(raw, where=where)
+    if parse.natural(raw, "crc32c", where) != root_digest(root):
+        raise CorruptError(
+            f"{where}: damaged, or changed after it was written", hint="restore this file from another copy"
+        )
+    manifest = read_manifest(raw, where=where)
+    _check_files(manifest, where)
+    return attributes, manifest
+
+
+def _check_files(manifest: Manifest, where: str) -> None:
+    """CorruptError if a small file that every checkpoint has is not listed."""
+    needed = {STATE, DIGESTS, *(f"{folder}/{ROOT}" for folder in zarr_documents(manifest.records))}
+    missing = sorted(needed - manifest.files.keys())
+    if missing:
+        raise CorruptError(f"{where}: does not list {missing[0]}")
+
+
+def _read_state(store: Store, manifest: Manifest) -> tuple[Decoder, Json]:
+    where = f"{store.url}/{STATE}"
+    doc = parsed(read_file(store, manifest.files[STATE]), where=where)
+    held = manifest.files[BLOBS].size if BLOBS in manifest.files else 0
+    blobs = {name: _blob(row, held, where) for name, row in parse.members(doc, "blobs", dict, where)}
+    return Decoder(blobs, partial(leaf_bytes, store)), parse.member(doc, "state", dict, where)
+
+
+def _blob(row: Json, held: int, where: str) -> Blob:
+    shape: Shape = parse.shape(row, "shape", where)
+    blob = Blob(parse.dtype(row, where), shape, parse.natural(row, "offset", where))
+    if blob.offset + blob.extent.nbytes > held:
+        raise CorruptError(f"{where}: a tensor reaches past the end of {BLOBS}", hint="do not trust this file")
+    return blob
+
+
+def _objects(store: Store, manifest: Manifest) -> dict[str, tuple[int, str]]:
+    """Size and fingerprint of every object, from one listing; CorruptError if one is missing or has another size."""
+    wanted = {path: file.size for path, file in manifest.files.items()}
+    for array in (array for record in manifest.records for array in record.arrays):
+        wanted |= {array.object(number): shard.size for number, shard in enumerate(array.shards)}
+    root = store.entry(ROOT)
+    found = {entry.path: entry for entry in store.entries()}
+    for path, size in wanted.items():
+        if path not in found:
+            raise CorruptError(f"{store.url}/{path}: missing", hint="restore it from another copy")
+        if found[path].size != size:
+            raise CorruptError(
+                f"{store.url}/{path}: has {found[path].size} bytes, not {size}", hint="restore it from another copy"
+            )
+    return {ROOT: (root.size, root.fingerprint)} | {
+        path: (size, found[path].fingerprint) for path, size in wanted.items()
+    }
+
+
+CONVERTER = UniversalConverter()
