@@ -1,0 +1,82 @@
+"""Values of the tensors in a tree, one at a time: for steps, random states and other small ones."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+from ucp.errors import CorruptError, FitError
+from ucp.store import Store
+from ucp.tree import TensorLeaf
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_NUMPY = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+_LARGE = 1 << 28
+
+
+def leaf_bytes(store: Store, leaf: TensorLeaf) -> bytes:
+    """All bytes of a leaf in C order, little-endian; `store` is the one its extent's object lies in."""
+    if leaf.inline is not None:
+        return leaf.inline
+    extent = leaf.extent
+    first, stop = extent.span
+    if extent.nbytes > _LARGE and extent.nbytes > 16 * (stop - first):
+        raise CorruptError(
+            f"{store.url}/{extent.object}: a tensor of {extent.nbytes} bytes repeats {stop - first} bytes",
+            hint="do not trust this file",
+        )
+    raw = store.read(extent.object, first, stop - first) if stop > first else b""
+    return raw if extent.is_contiguous else _gathered(raw, leaf)
+
+
+def leaf_numpy(store: Store, leaf: TensorLeaf) -> np.ndarray[Any, np.dtype[Any]]:
+    """A leaf as a numpy array of its shape; bfloat16 as uint16 and float8 as uint8, bit for bit."""
+    import numpy as np
+
+    dtype = np.dtype(_NUMPY.get(leaf.extent.dtype, leaf.extent.dtype)).newbyteorder("<")
+    return np.frombuffer(leaf_bytes(store, leaf), dtype).reshape(leaf.extent.shape)
+
+
+def leaf_scalar(store: Store, leaf: TensorLeaf) -> int | float | bool:
+    """The number that a leaf of one element holds; FitError if it has another size or is complex."""
+    extent = leaf.extent
+    if extent.size != 1 or extent.dtype == "complex64":
+        raise FitError(
+            f"{store.url}/{extent.object}: a {extent.dtype} tensor of shape {extent.shape} where a number is expected"
+        )
+    data = leaf_bytes(store, leaf)
+    if extent.dtype == "bfloat16":
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    if extent.dtype == "float8_e5m2":
+        return float(struct.unpack("<e", b"\0" + data)[0])
+    if extent.dtype == "float8_e4m3fn":
+        return _float8_e4m3fn(data[0])
+    number = leaf_numpy(store, leaf).item()
+    assert isinstance(number, int | float)
+    return number
+
+
+def _gathered(raw: bytes, leaf: TensorLeaf) -> bytes:
+    """The elements of a strided leaf, whose span is `raw`, in C order."""
+    import numpy as np
+
+    extent = leaf.extent
+    if not extent.size:
+        return b""
+    width = extent.itemsize
+    strides = [stride * width if n > 1 else 0 for n, stride in zip(extent.shape, extent.strides, strict=True)]
+    view = np.ndarray(extent.shape, f"V{width}", raw, strides=strides)
+    return np.ascontiguousarray(view).tobytes()
+
+
+def _float8_e4m3fn(bits: int) -> float:
+    """OCP 8-bit floating point specification 1.0, E4M3: bias 7, no infinities, S.1111.111 is NaN."""
+    sign = -1.0 if bits & 0x80 else 1.0
+    exponent, mantissa = bits >> 3 & 0xF, bits & 7
+    if exponent == 0xF and mantissa == 7:
+        return float("nan")
+    if exponent == 0:
+        return sign * mantissa * 2.0**-9
+    return float(sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7))
