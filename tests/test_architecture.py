@@ -19,7 +19,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"lang"}),
     frozenset({"plan"}),
     frozenset({"tree"}),
-    frozenset({"store", "container", "format", "catalog", "converter"}),
+    frozenset({"store", "container", "format", "catalog", "converter", "zarr"}),
     frozenset({"run"}),
     frozenset({"lazy", "checkpoint"}),
     frozenset({"train"}),
