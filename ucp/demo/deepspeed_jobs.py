@@ -1,0 +1,66 @@
+"""The demo's DeepSpeed jobs: train and save under one ZeRO stage, resume under another. Runs inside ranks only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import distributed
+
+from ucp.demo.model import GLOBAL_BATCH, build_model, local_batch, param_groups
+
+
+def prepare_process() -> None:
+    """Keep DeepSpeed on gloo, with nothing compiled: its own path where there is no compiler (comm/torch.py)."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def train_and_save(rank: int, world: int, folder: str, stage: int, before: int, after: int) -> list[float]:
+    """Train `before` steps, save, train `after` more; all losses."""
+    engine = _engine(world, stage)
+    losses = _train(engine, rank, world, 0, before)
+    engine.save_checkpoint(folder, client_state={"iteration": before})
+    return losses + _train(engine, rank, world, before, after)
+
+
+def resume(rank: int, world: int, folder: str, stage: int, first: int, steps: int) -> list[float]:
+    """Load a universal folder with stock DeepSpeed and train from step `first`; the losses."""
+    engine = _engine(world, stage, {"checkpoint": {"load_universal": True}})
+    path, _ = engine.load_checkpoint(folder)
+    assert path is not None, f"DeepSpeed found nothing in {folder}"
+    _own_hyper_parameters(engine)
+    return _train(engine, rank, world, first, steps)
+
+
+def _engine(world: int, stage: int, extra: dict[str, Any] | None = None) -> Any:
+    deepspeed.init_distributed("gloo", verbose=False)
+    model = build_model()
+    config = {
+        "train_batch_size": GLOBAL_BATCH,
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        **(extra or {}),
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(param_groups(model)), config=config)
+    return engine
+
+
+def _own_hyper_parameters(engine: Any) -> None:
+    """Stock ZeRO-3 gives every group the hyper-parameters of the first one when it loads a universal folder."""
+    for group, own in zip(engine.optimizer.param_groups, param_groups(build_model()), strict=True):
+        group.update({name: own[name] for name in ("lr", "weight_decay")})
+
+
+def _train(engine: Any, rank: int, world: int, first: int, steps: int) -> list[float]:
+    losses = []
+    for step in range(first, first + steps):
+        loss = engine(*local_batch(step, rank=rank, world=world))
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().double()
+        distributed.all_reduce(mean)
+        losses.append(mean.item() / world)
+    return losses
