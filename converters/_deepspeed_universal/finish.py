@@ -1,0 +1,136 @@
+"""What DeepSpeed's universal loader leaves undone in a job, done after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ucp.catalog import Catalog, ParamGroup
+from ucp.checkpoint import Checkpoint, open_checkpoint
+from ucp.errors import FitError, NotFoundError
+from ucp.lazy import LazyTensor, lazy_tree
+from ucp.tree import Opaque
+
+if TYPE_CHECKING:
+    import torch
+
+
+def finish_load(engine: Any, url: str, *, strict: bool = True) -> None:
+    """Restore into a DeepSpeed engine what its universal loader does not; call it right after ``load_checkpoint``.
+
+    >>> engine.load_checkpoint(url)      # doctest: +SKIP
+    >>> finish_load(engine, url)         # doctest: +SKIP
+
+    `url` is the folder that was loaded, or any other form of the same checkpoint. Every rank calls it.
+
+    - Frozen parameters and persistent buffers, under every ZeRO stage: DeepSpeed skips the module's state
+      (deepspeed/runtime/engine.py, ``_load_checkpoint``).
+    - Hyper-parameters of each optimizer group under ZeRO-3, which gives all groups those of the first, and a step of its
+      own for each sub-group, which otherwise share one tensor that every sub-group's update increments
+      (deepspeed/runtime/zero/stage3.py, ``load_hp_checkpoint_state_from_checkpoint_dir_stage3``).
+
+    Nothing is changed if anything does not fit: NotFoundError for a frozen parameter or buffer that the checkpoint lacks
+    (with `strict` off it keeps the value it has), FitError for one of another shape and for optimizer groups cut
+    differently. Damaged files raise what `ucp.open` raises.
+    """
+    with open_checkpoint(url) as checkpoint:
+        unrestored = list(_unrestored(engine, checkpoint, strict=strict))
+        options = _zero3_options(engine, checkpoint) if _is_zero3(engine) else []
+        for tensor, stored in unrestored:
+            _restore(tensor, stored)
+        for group, values in options:
+            group.update(values)
+        if _is_zero3(engine):
+            _own_steps(engine.optimizer)
+
+
+def _is_zero3(engine: Any) -> bool:
+    return bool(engine.zero_optimization_partition_weights())
+
+
+def _unrestored(engine: Any, checkpoint: Checkpoint, *, strict: bool) -> Iterator[tuple[torch.Tensor, LazyTensor]]:
+    """Frozen parameters and persistent buffers of the job, each with where the checkpoint keeps it."""
+    missing = []
+    for name, tensor in _untrained(engine.module):
+        if name not in checkpoint:
+            missing.append(name)
+            continue
+        stored, shape = checkpoint[name]["value"], tuple(getattr(tensor, "ds_shape", tensor.shape))
+        if stored.shape != shape:
+            raise FitError(f"{name}: has shape {list(shape)} in the job and {list(stored.shape)} in {checkpoint.url}")
+        yield tensor, stored
+    if missing and strict:
+        raise NotFoundError(
+            f"{checkpoint.url}: has no {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}, "
+            f"{len(missing)} frozen parameters and buffers of the job in all",
+            hint="load them from elsewhere and give strict=False",
+        )
+
+
+def _untrained(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if name not in child._non_persistent_buffers_set:
+                yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
+def _restore(tensor: torch.Tensor, stored: LazyTensor) -> None:
+    import torch
+
+    with torch.no_grad():
+        if not hasattr(tensor, "ds_id"):
+            tensor.copy_(stored[...])
+            return
+        import deepspeed
+
+        # Rank 0 fills the gathered parameter; leaving the context broadcasts it and partitions it again.
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                tensor.copy_(stored[...])
+
+
+def _zero3_options(engine: Any, checkpoint: Checkpoint) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each optimizer group of a ZeRO-3 job with the hyper-parameters that the checkpoint has for its parameters."""
+    optimizer = engine.optimizer
+    members: dict[int, list[str]] = {}
+    for sub_group, parameters in enumerate(optimizer.fp16_groups):
+        names = members.setdefault(optimizer.sub_group_to_group_id[sub_group], [])
+        names.extend(engine.param_names[parameter] for parameter in parameters)
+    catalog = checkpoint.catalog
+    owner = {catalog.resolve(name): group for group in catalog.param_groups for name in group.params}
+    found = []
+    for number, group in enumerate(optimizer.optimizer.param_groups):
+        holder = _holder(number, members.get(number, []), owner, catalog) if owner else None
+        if holder is not None:
+            found.append((group, _plain(checkpoint, holder.options)))
+    return found
+
+
+def _holder(number: int, names: list[str], owner: Mapping[str, ParamGroup], catalog: Catalog) -> ParamGroup | None:
+    """The checkpoint's group that all of `names` are in."""
+    holders = {id(owner[name]): owner[name] for name in map(catalog.resolve, names) if name in owner}
+    if len(holders) > 1:
+        raise FitError(
+            f"{catalog.url}: the parameters of the job's optimizer group {number} are in {len(holders)} groups there, with "
+            "different hyper-parameters",
+            hint="give the job the groups it was trained with, or set the hyper-parameters of each group after loading",
+        )
+    return next(iter(holders.values()), None)
+
+
+def _plain(checkpoint: Checkpoint, options: Mapping[str, Any]) -> dict[str, Any]:
+    values = lazy_tree(checkpoint.store, dict(options), "param_groups")
+    read = {key: value[...] if isinstance(value, LazyTensor) else value for key, value in values.items()}
+    return {key: value for key, value in read.items() if key != "params" and not isinstance(value, Opaque)}
+
+
+def _own_steps(optimizer: Any) -> None:
+    import torch
+
+    for flat in optimizer.fp32_partitioned_groups_flat:
+        state = optimizer.optimizer.state.get(flat, {})
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()

@@ -1,0 +1,247 @@
+"""Reading a DeepSpeed universal folder, ours or one that DeepSpeed's own ``ds_to_universal.py`` made.
+
+Stages 0 to 2 write each state as ``{"param": tensor of the parameter's shape, "cat_dim": …}`` and a ``step.pt``; stage 3
+writes bare flat tensors, whose shape the model file knows, and one step for all in ``optimizer_state.pt``
+(deepspeed/checkpoint/ds_to_universal.py, ``merge_tp_slices``, ``merge_zero3_slices``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ucp.catalog import Catalog, Kind, ParamGroup, Scalar, Source, Tensor
+from ucp.container.torchfile import TorchFile, leaf_scalar, read_torch_file
+from ucp.errors import CorruptError, NotFoundError, UsageError
+from ucp.layout import Box, FlatRange, Mesh, Shape
+from ucp.plan import Extent, Fragment, Key, TensorSpec
+from ucp.store import Store
+from ucp.tree import Tree
+
+from .._deepspeed import nodes
+from .names import LATEST, MODEL_STATES, MODEL_STATES_3, OPTIMIZER_STATE, VALUE_FILE
+from .untrained import untrained
+
+_MOST_TAG_BYTES = 4096
+_ENGINE_KEYS = frozenset(
+    "module buffer_names optimizer param_shapes frozen_param_shapes frozen_param_fragments shared_params".split()
+)
+"""Keys of a model file that this reader turns into tensors (deepspeed/runtime/engine.py, ``_save_checkpoint``)."""
+
+
+def detect(store: Store) -> bool:
+    """Whether `store` is a universal folder, or a save root with universal folders and nothing else."""
+    names = store.children()
+    if "zero/" in names:
+        return _model_name(names) is not None
+    return LATEST in names and "latest" not in names
+
+
+def locate(store: Store, tag: str | None) -> tuple[str, list[str]]:
+    """Prefix of the universal folder's paths, and what lies in it; NotFoundError if it is no complete one."""
+    names = store.children()
+    if tag is None and "zero/" in names:
+        return "", names
+    if tag is None:
+        if LATEST not in names:
+            raise NotFoundError(f"{store.url}: no {LATEST} here", hint="the conversion was cut short, or give a tag")
+        tag = store.read(LATEST, 0, min(store.entry(LATEST).size, _MOST_TAG_BYTES)).decode("utf-8", "replace").strip()
+    if not tag or tag.startswith("/") or ".." in tag.split("/") or not tag.isprintable():
+        raise UsageError(f"{tag!r} is not a tag", hint="a tag is the name of a folder inside the save root")
+    return f"{tag}/", store.children(tag)
+
+
+def _model_name(names: list[str]) -> str | None:
+    return next((name for name in (MODEL_STATES, MODEL_STATES_3) if name in names), None)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What was read so far."""
+
+    prefix: str
+    model: Mapping[str, Tree]
+    optimizer: Mapping[str, Tree]
+    shapes: dict[str, Shape]
+    files: list[TorchFile] = field(default_factory=list)
+    fragments: dict[Key, tuple[Fragment, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read(store: Store, *, tag: str | None = None) -> Catalog:
+    """The catalog of the universal folder in `store`; `tag` names one of several in a save root.
+
+    NotFoundError for an incomplete folder; CorruptError, UnsafeError as its files are.
+    """
+    prefix, names = locate(store, tag)
+    model_name = _model_name(names)
+    if model_name is None:
+        raise NotFoundError(f"{store.url}/{prefix}: no {MODEL_STATES} here", hint="the conversion was cut short")
+    files: list[TorchFile] = []
+    model = _tree(store, prefix + model_name, files)
+    optimizer = _tree(store, prefix + OPTIMIZER_STATE, files)
+    found = _Found(prefix, model, optimizer, _shapes(model, prefix + model_name), files)
+    ties = {str(k): str(v) for k, v in _mapping(model, "shared_params").items()}
+    tensors = {tensor.name: tensor for tensor in _tensors(store, found) if tensor.name not in ties}
+    step = model.get("global_steps")
+    return Catalog(
+        url=store.url,
+        source=Source(
+            family="deepspeed-universal",
+            version=str(optimizer.get("ds_version", model.get("ds_version", ""))),
+            mesh=Mesh({"dp": 1}),
+        ),
+        tensors=tensors,
+        fragments={key: held for key, held in found.fragments.items() if key.name in tensors},
+        step=step if isinstance(step, int) else None,
+        ties={alias: name for alias, name in ties.items() if name in tensors},
+        param_groups=_groups(found, tensors),
+        state=_state(found),
+        checksums=tuple(checksum for file in files for checksum in file.checksums),
+        objects={file.entry.path: (file.entry.size, file.entry.fingerprint) for file in files},
+        notes=tuple(found.notes),
+        options={"tag": tag} if tag else {},
+    )
+
+
+def _tree(store: Store, path: str, files: list[TorchFile]) -> Mapping[str, Tree]:
+    file = read_torch_file(store, path)
+    files.append(file)
+    return nodes.mapping(file.root, path)
+
+
+def _mapping(tree: Mapping[str, Tree], key: str) -> Mapping[str, Tree]:
+    value = tree.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _shapes(model: Mapping[str, Tree], where: str) -> dict[str, Shape]:
+    """Shape of every parameter that the model file knows."""
+    parts = [*_shape_dicts(model), _mapping(model, "frozen_param_shapes")]
+    return {str(name): nodes.shape(size, f"{where}: {name}") for part in parts for name, size in part.items()}
+
+
+def _shape_dicts(model: Mapping[str, Tree]) -> list[Mapping[str, Tree]]:
+    listed = model.get("param_shapes")
+    return [part for part in listed if isinstance(part, Mapping)] if isinstance(listed, list | tuple) else []
+
+
+def _tensors(store: Store, found: _Found) -> Iterator[Tensor]:
+    """Every folder below ``zero/`` as a tensor; its fragments go into `found`."""
+    files: dict[str, dict[str, str]] = defaultdict(dict)
+    for entry in store.entries(f"{found.prefix}zero/"):
+        name, _, file = entry.path[len(found.prefix) + len("zero/") :].rpartition("/")
+        if name and file.endswith(".pt"):
+            files[name][file.removesuffix(".pt")] = entry.path
+    shared_step = _shared_step(store, found)
+    for name, paths in sorted(files.items()):
+        if VALUE_FILE not in paths:
+            raise CorruptError(f"{store.url}/{found.prefix}zero/{name}: has no {VALUE_FILE}.pt", hint="copy it again")
+        scalars: dict[str, Scalar] = {}
+        if "step" in paths:
+            scalars["step"] = _step(store, _root(store, paths.pop("step"), found))
+        states = {
+            "value" if state == VALUE_FILE else state: path
+            for state, path in sorted(paths.items(), key=lambda item: (item[0] != VALUE_FILE, item[0]))
+        }
+        specs = {state: _state_file(store, path, Key(name, state), found) for state, path in states.items()}
+        if "step" not in scalars and shared_step is not None and len(specs) > 1:
+            scalars["step"] = shared_step
+        yield Tensor(name, _kind(name, found, trained=len(specs) > 1), specs, scalars)
+    for name, spec, fragments in untrained(store, found.prefix, found.model, known=set(files), files=found.files):
+        found.fragments[Key(name, "value")] = fragments
+        yield Tensor(name, _kind(name, found, trained=False), {"value": spec})
+
+
+def _root(store: Store, path: str, found: _Found) -> Tree:
+    file = read_torch_file(store, path)
+    found.files.append(file)
+    return file.root
+
+
+def _state_file(store: Store, path: str, key: Key, found: _Found) -> TensorSpec:
+    root = _root(store, path, found)
+    leaf = nodes.tensor(root.get("param") if isinstance(root, Mapping) else root, path)
+    shape = found.shapes.get(key.name, leaf.extent.shape)
+    if math.prod(shape) != leaf.extent.size:
+        raise CorruptError(f"{store.url}/{path}: holds {leaf.extent.size} elements for a tensor of shape {list(shape)}")
+    found.fragments[key] = (_fragment(leaf.extent, shape, f"{store.url}/{path}"),)
+    return TensorSpec(shape, leaf.extent.dtype)
+
+
+def _fragment(extent: Extent, shape: Shape, where: str) -> Fragment:
+    if extent.is_contiguous:
+        flat = Extent.contiguous(extent.object, extent.offset, (extent.size,), extent.dtype)
+        return Fragment(FlatRange(0, extent.size), flat)
+    if extent.shape != shape:
+        raise CorruptError(f"{where}: holds a strided tensor of another shape, {list(extent.shape)}")
+    return Fragment(Box.whole(shape), extent)
+
+
+def _kind(name: str, found: _Found, *, trained: bool) -> Kind:
+    buffers = found.model.get("buffer_names")
+    if isinstance(buffers, list | tuple) and name in buffers:
+        return "buffer"
+    if trained or any(name in part for part in _shape_dicts(found.model)):
+        return "parameter"
+    return "frozen"
+
+
+def _step(store: Store, node: Tree) -> Scalar:
+    if nodes.is_tensor(node):
+        return Scalar(leaf_scalar(store, node), node.extent.dtype)
+    if nodes.is_number(node):
+        return Scalar(node, type(node).__name__)
+    raise CorruptError(f"{store.url}: a step that is a {type(node).__name__}")
+
+
+def _shared_step(store: Store, found: _Found) -> Scalar | None:
+    """The step that ZeRO-3 keeps for all parameters (deepspeed/runtime/zero/stage3.py)."""
+    states = _mapping(_mapping(found.optimizer, "optimizer_state_dict"), "state")
+    first: Any = states.get(0)  # type: ignore[call-overload]
+    step = first.get("step") if isinstance(first, Mapping) else None
+    return None if step is None else _step(store, step)
+
+
+def _groups(found: _Found, tensors: Mapping[str, Tensor]) -> tuple[ParamGroup, ...]:
+    """Hyper-parameters by the names of each group's parameters, where the files still tell."""
+    listed = found.optimizer.get("param_groups")
+    groups = [group for group in listed or [] if isinstance(group, Mapping) and group.keys() - {"params"}]
+    parts = _shape_dicts(found.model)
+    named = _by_group(groups, parts, _mapping(found.optimizer, "optimizer_state_dict"))
+    if named is None:
+        if groups:
+            found.notes.append(f"which parameters are in which of {len(groups)} optimizer groups is not recorded")
+        return ()
+    return tuple(
+        ParamGroup(
+            tuple(name for name in names if name in tensors),
+            {str(key): value for key, value in group.items() if key != "params"},
+        )
+        for group, names in zip(groups, named, strict=True)
+    )
+
+
+def _by_group(
+    groups: list[Mapping[str, Tree]], parts: list[Mapping[str, Tree]], inner: Mapping[str, Tree]
+) -> list[list[str]] | None:
+    """Names of each group's parameters; ZeRO-3 lists shapes by sub-group, and its groups list their sub-groups."""
+    if len(groups) == 1:
+        return [[str(name) for part in parts for name in part]]
+    listed = inner.get("param_groups")
+    ids = [group.get("params") for group in listed if isinstance(group, Mapping)] if isinstance(listed, list) else []
+    if len(ids) == len(groups) and all(isinstance(i, list) for i in ids):
+        flat = [i for members in ids for i in members]
+        if sorted(flat) == list(range(len(parts))):
+            return [[str(name) for i in members for name in parts[i]] for members in ids]
+    if len(parts) == len(groups):
+        return [[str(name) for name in part] for part in parts]
+    return None
+
+
+def _state(found: _Found) -> dict[str, Tree]:
+    kept = {str(key): value for key, value in found.model.items() if key not in _ENGINE_KEYS}
+    return kept
