@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ucp.container.values import Reference
 from ucp.errors import CorruptError, FitError
 from ucp.store import Store
-from ucp.tree import TensorLeaf
+from ucp.tree import Opaque, TensorLeaf, Tree
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,3 +82,23 @@ def _float8_e4m3fn(bits: int) -> float:
     if exponent == 0:
         return sign * mantissa * 2.0**-9
     return float(sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+def with_bytes(store: Store, tree: Tree) -> Tree:
+    """`tree` with every leaf holding its bytes inline, as a small file is written from; `store` as in `leaf_bytes`."""
+    if isinstance(tree, TensorLeaf):
+        return replace(tree, inline=leaf_bytes(store, tree))
+    if isinstance(tree, dict):
+        return {key: with_bytes(store, value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple | set | frozenset):
+        return type(tree)(with_bytes(store, value) for value in tree)
+    if not isinstance(tree, Opaque) or isinstance(tree, Reference):
+        return tree
+    return replace(
+        tree,
+        args=with_bytes(store, tree.args),
+        kwargs=with_bytes(store, tree.kwargs),
+        state=with_bytes(store, tree.state),
+        items=with_bytes(store, tree.items),
+        pairs=with_bytes(store, tree.pairs),
+    )

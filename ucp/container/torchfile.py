@@ -9,7 +9,7 @@ import zlib
 from dataclasses import dataclass
 
 from ucp.catalog import Checksum
-from ucp.container.leaves import leaf_bytes, leaf_numpy, leaf_scalar
+from ucp.container.leaves import leaf_bytes, leaf_numpy, leaf_scalar, with_bytes
 from ucp.container.legacy import is_legacy, read_legacy
 from ucp.container.machine import Machine
 from ucp.container.tensors import storage_dtype, storage_itemsize, storage_leaf
@@ -186,4 +186,4 @@ def _foreign(window: Window, head: bytes) -> CorruptError | FitError:
     return CorruptError(f"{window.where}: {kind}", hint=hint)
 
 
-__all__ = ["TorchFile", "leaf_bytes", "leaf_numpy", "leaf_scalar", "read_torch_file"]
+__all__ = ["TorchFile", "leaf_bytes", "leaf_numpy", "leaf_scalar", "read_torch_file", "with_bytes"]
