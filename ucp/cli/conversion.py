@@ -19,7 +19,7 @@ def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
 _OPTIONS = (
     click.option("--to", default="universal", show_default=True, help="Family of the result."),
     click.option("--workers", type=click.IntRange(min=1), help="Workers at a time; the number of cores by default."),
-    click.option("--no-check", is_flag=True, help="Do not compare low-precision copies with the tensors."),
+    click.option("--no-check", is_flag=True, help="Do not compare low-precision copies and replicas."),
 )
 
 

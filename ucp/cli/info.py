@@ -65,7 +65,7 @@ def _fields(facts: dict[str, Any]) -> list[tuple[str, Span]]:
     return [
         ("step", "unknown" if facts["step"] is None else str(facts["step"])),
         ("mesh", " ".join(f"{axis}{size}" for axis, size in facts["mesh"].items()) or "1 rank"),
-        ("written by", ", ".join(f"{key} {_word(value)}" for key, value in facts["detail"].items())),
+        ("detail", ", ".join(f"{key} {_word(value)}" for key, value in facts["detail"].items())),
         ("tensors", f"{facts['tensors']:,}: {', '.join(_kinds(facts))}"),
         ("parameters", f"{text.amount(facts['parameters'])}{_exact(facts['parameters'])}"),
         ("bytes", text.size(facts["bytes"])),

@@ -25,7 +25,7 @@ KEYS = {
     "objects_read": "number of objects to read from",
     "objects_written": "number of large objects to write",
     "bytes_read": "bytes of tensor data to read",
-    "bytes_checked": "bytes of low-precision copies to read for comparison",
+    "bytes_checked": "bytes of low-precision copies and replicas to read for comparison",
     "bytes_written": "bytes of large objects to write",
     "workers": "number of workers assumed for `peak_bytes`",
     "peak_bytes_per_worker": "bound of one worker's buffers",

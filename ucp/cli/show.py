@@ -14,7 +14,7 @@ from ucp.cli.command import read, reading_options
 from ucp.cli.describe import groups_of, tensor_row
 from ucp.cli.output import Output
 from ucp.layout import FlatRange, Region
-from ucp.plan import Fragment
+from ucp.plan import BLOCK_BYTES, Fragment, Section
 from ucp.store import Store
 
 WITNESS = "low-precision copy"
@@ -107,11 +107,10 @@ def _region(region: Region) -> dict[str, Any]:
 def _stats(catalog: Catalog, store: Store, name: str, state: str) -> dict[str, Any]:
     from ucp.run.gather import read_region
     from ucp.run.numbers import Statistics, values
-    from ucp.run.verify import blocks
 
     cover = catalog.cover(name, state)
     found = Statistics()
-    for block in blocks(FlatRange(0, cover.spec.size), cover.spec.shape, cover.spec.dtype):
+    for block in Section(0, FlatRange(0, cover.spec.size), cover).blocks(BLOCK_BYTES):
         found.add(values(read_region(store, cover, block), cover.spec.dtype))
     names = ("count", "nan", "inf", "min", "max", "mean", "std")
     return {key: getattr(found, key) for key in names}

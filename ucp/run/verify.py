@@ -10,23 +10,25 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-
-import numpy as np
+from functools import partial
 
 from ucp.catalog import Catalog
-from ucp.errors import ContentError, FitError, NotFoundError, UcpError
-from ucp.layout import Box, FlatRange, Region, Shape, as_flat, boxes, itemsize
-from ucp.plan import BLOCK_BYTES, Cover, Extent, Fragment, Key, Section, Witness, common
+from ucp.errors import ConflictError, ContentError, FitError, NotFoundError, UcpError
+from ucp.layout import FlatRange, itemsize
+from ucp.plan import BLOCK_BYTES, Cover, Key, Section, Witness
 from ucp.run.cast import Array
 from ucp.run.executor import default_workers
-from ucp.run.gather import gather, read_region
+from ucp.run.gather import read_region
 from ucp.run.integrity import Ledger, Piece, Spans
 from ucp.run.numbers import not_finite, values
 from ucp.run.progress import Counter, Progress
-from ucp.run.worker import check_witness
+from ucp.run.worker import check_replicas, check_witness
 from ucp.store import Store
 
 OnProgress = Callable[[Progress], None]
+Check = Callable[[FlatRange, memoryview], None]
+"""Called with a block and its data; ConflictError where something disagrees."""
+
 _POLL_SECONDS = 0.1
 
 
@@ -82,15 +84,16 @@ def verify(
     verdict = Verdict(findings=[*_objects(catalog, store), *_covers(catalog)])
     if not deep:
         return verdict
-    ledger = Ledger(Spans(catalog.checksums))
+    spans = _spans(catalog, store, verdict)
+    ledger = Ledger(spans)
     keys = [Key(name, state) for name, tensor in catalog.tensors.items() for state in tensor.states]
 
     def check(key: Key, advance: Callable[[int], None]) -> Verdict:
-        return _check_state(catalog, store, key, ledger, advance)
+        return _check_state(catalog, key, _Reading(store, ledger, advance))
 
     for part in run_checks(keys, check, total=catalog.nbytes, workers=workers, on_progress=on_progress):
         verdict.take(part)
-    verdict.take(_checksums(catalog, store, ledger))
+    verdict.take(_checksums(spans, store, ledger))
     return verdict
 
 
@@ -165,105 +168,102 @@ def _covers(catalog: Catalog) -> Iterator[Finding]:
                 )
 
 
-def _check_state(catalog: Catalog, store: Store, key: Key, ledger: Ledger, advance: Callable[[int], None]) -> Verdict:
+@dataclass(slots=True)
+class _Reading:
+    """One state being read: where from, and what is known so far."""
+
+    store: Store
+    ledger: Ledger
+    advance: Callable[[int], None]
+    verdict: Verdict = field(default_factory=Verdict)
+
+    def record(self, object: str, offset: int, data: memoryview) -> None:
+        """Note a range that was read."""
+        self.ledger.record(object, offset, data)
+        self.verdict.bytes_read += len(data)
+
+    def found(self, kind: str, key: Key, message: str) -> None:
+        """Note that something is wrong."""
+        self.verdict.findings.append(Finding(kind, str(key), message))
+
+
+def _check_state(catalog: Catalog, key: Key, reading: _Reading) -> Verdict:
     """Read one state: count NaN and Inf, compare with the low-precision copy and the replicas."""
-    verdict = Verdict()
     try:
         cover = catalog.cover(*key)
-        witness = catalog.witness(key.name) if key.state == "value" else None
-        _read_state(store, cover, witness, ledger, verdict, advance)
-        verdict.findings += _replicas(store, cover, ledger, verdict)
-    except FitError:
-        return verdict  # `_covers` listed it
-    except (ContentError, NotFoundError) as error:
-        verdict.findings.append(Finding(error.code, str(key), error.message))
-    return verdict
+    except (FitError, KeyError):
+        return reading.verdict  # `_covers` listed it
+    try:
+        _read_state(cover, catalog.witness(key.name) if key.state == "value" else None, reading)
+    except (ContentError, NotFoundError, FitError) as error:
+        reading.found(error.code, key, _bare(error, reading.store))
+    return reading.verdict
 
 
-def _read_state(
-    store: Store,
-    cover: Cover,
-    witness: Witness | None,
-    ledger: Ledger,
-    verdict: Verdict,
-    advance: Callable[[int], None],
-) -> None:
+def _read_state(cover: Cover, witness: Witness | None, reading: _Reading) -> None:
     section = Section(0, FlatRange(0, cover.spec.size), cover, witness)
-    verdict.witnesses += witness is not None
+    checks = _checks(section, reading)
+    reading.verdict.witnesses += witness is not None
+    reading.verdict.replicas += len(cover.replicas)
     nan = inf = 0
     for block in section.blocks(BLOCK_BYTES):
-        data = read_region(store, cover, block, ledger.record)
+        data = read_region(reading.store, cover, block, reading.record)
         more_nan, more_inf = not_finite(values(data, cover.spec.dtype))
         nan, inf = nan + more_nan, inf + more_inf
-        if witness is not None and not _agrees(store, section, witness, block, data, ledger, verdict):
-            witness = None
-        verdict.bytes_read += data.nbytes
-        advance(data.nbytes)
-    verdict.nan |= {str(cover.key): nan} if nan else {}
-    verdict.inf |= {str(cover.key): inf} if inf else {}
+        checks = {
+            kind: check for kind, check in checks.items() if _agrees(kind, check, cover.key, block, data, reading)
+        }
+        reading.advance(data.nbytes)
+    reading.verdict.nan |= {str(cover.key): nan} if nan else {}
+    reading.verdict.inf |= {str(cover.key): inf} if inf else {}
 
 
-def _agrees(
-    store: Store, section: Section, witness: Witness, block: FlatRange, data: Array, ledger: Ledger, verdict: Verdict
-) -> bool:
+def _checks(section: Section, reading: _Reading) -> dict[str, Check]:
+    """What can be set against the data, by the kind of finding where it disagrees."""
+    checks: dict[str, Check] = {}
+    if section.witness is not None:
+        checks["low-precision-copy"] = partial(_check_witness, section, section.witness, reading)
+    if section.cover.replicas:
+        checks["replica"] = partial(_check_replicas, section, reading)
+    return checks
+
+
+def _check_witness(section: Section, witness: Witness, reading: _Reading, block: FlatRange, data: memoryview) -> None:
+    reading.verdict.bytes_read += block.length * itemsize(witness.cover.spec.dtype)
+    check_witness(reading.store, section, witness, block, data, reading.ledger)
+
+
+def _check_replicas(section: Section, reading: _Reading, block: FlatRange, data: memoryview) -> None:
+    copies = (copy for group in section.cover.replica_copies_into(section.target(block)) for copy in group)
+    reading.verdict.bytes_read += sum(copy.source.nbytes for copy in copies)
+    check_replicas(reading.store, section, block, data, reading.ledger)
+
+
+def _agrees(kind: str, check: Check, key: Key, block: FlatRange, data: Array, reading: _Reading) -> bool:
     try:
-        check_witness(store, section, witness, block, data.data, ledger)
-    except ContentError as error:
-        verdict.findings.append(Finding("low-precision-copy", str(section.cover.key), error.message))
+        check(block, data.data)
+    except ConflictError as error:
+        reading.found(kind, key, error.message.removeprefix(f"{key}: ").removeprefix(f"{key.name}: "))
         return False
     return True
 
 
-def _replicas(store: Store, cover: Cover, ledger: Ledger, verdict: Verdict) -> Iterator[Finding]:
-    for fragment in cover.replicas:
-        verdict.replicas += 1
-        if any(
-            _differs(store, cover, fragment, part, ledger)
-            for part in blocks(fragment.region, cover.spec.shape, cover.spec.dtype)
-        ):
-            where = f"{fragment.extent.object} at byte {fragment.extent.offset}"
-            yield Finding("replica", str(cover.key), f"the copy in {where} differs from the one that is read")
+def _spans(catalog: Catalog, store: Store, verdict: Verdict) -> Spans:
+    """The source's digests; where these are damaged themselves, that is found and the rest is checked without them."""
+    try:
+        return Spans(tuple(catalog.checksums))
+    except (ContentError, NotFoundError) as error:
+        verdict.findings.append(Finding("checksum", "digests", _bare(error, store)))
+        return Spans(())
 
 
-def _differs(store: Store, cover: Cover, fragment: Fragment, part: Region, ledger: Ledger) -> bool:
-    shape = (part.length,) if isinstance(part, FlatRange) else part.shape
-    target = Fragment(part, Extent.contiguous("", 0, shape, cover.spec.dtype))
-    copy = np.empty(target.extent.nbytes, np.uint8)
-    gather(store, common(fragment, target, cover.spec.shape), copy.data, ledger.record)
-    return not np.array_equal(copy, read_region(store, cover, part, ledger.record))
-
-
-def blocks(region: Region, shape: Shape, dtype: str) -> Iterator[Region]:
-    """Cut `region` of a tensor into parts of at most `BLOCK_BYTES`."""
-    most = max(1, BLOCK_BYTES // itemsize(dtype))
-    flat = as_flat(region, shape)
-    if flat is not None:
-        for start in range(flat.start, flat.stop, most):
-            yield FlatRange(start, min(most, flat.stop - start))
-        return
-    for box in boxes(region, shape):
-        yield from _cut(box, most)
-
-
-def _cut(box: Box, most: int) -> Iterator[Box]:
-    """Halve `box` along its first dim that has a length until no part has more than `most` elements."""
-    if box.size <= most:
-        yield box
-        return
-    dim = next(d for d, n in enumerate(box.shape) if n > 1)
-    half = box.shape[dim] // 2
-    for skip, length in ((0, half), (half, box.shape[dim] - half)):
-        start = tuple(a + skip if d == dim else a for d, a in enumerate(box.start))
-        yield from _cut(Box(start, tuple(length if d == dim else n for d, n in enumerate(box.shape))), most)
-
-
-def _checksums(catalog: Catalog, store: Store, ledger: Ledger) -> Verdict:
+def _checksums(spans: Spans, store: Store, ledger: Ledger) -> Verdict:
     """Set every digest that the source keeps against the bytes that were read; what nobody read is read now."""
     pieces: dict[int, list[Piece]] = defaultdict(list)
     for piece in ledger.pieces():
         pieces[piece.span].append(replace(piece, span=0))
-    verdict = Verdict(checksums=len(catalog.checksums))
-    for number, checksum in enumerate(catalog.checksums):
+    verdict = Verdict(checksums=len(spans.checksums))
+    for number, checksum in enumerate(spans.checksums):
         single = Ledger(Spans([checksum]))
         single.add([*pieces[number], Piece(0, checksum.offset, 0, 0)])
         try:
