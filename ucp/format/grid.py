@@ -45,7 +45,7 @@ class Grid:
             raise UsageError(f"shard_bytes must be at least 1, not {shard_bytes}")
         if not numel(shape):
             return cls(states, shape, dtype, tuple(max(1, n) for n in shape), max(1, shape[0]))
-        chunk = inner_chunk(shape, itemsize(dtype))
+        chunk = inner_chunk(shape, itemsize(dtype), near=min(CHUNK_BYTES, max(1, shard_bytes // states)))
         if not shape:
             return cls(states, shape, dtype, chunk, 1)
         units = shape[0] // chunk[0]
@@ -108,12 +108,12 @@ class Grid:
         return "/".join(["c", "0", *([str(number)] if self.shape else []), *("0" for _ in self.shape[1:])])
 
 
-def inner_chunk(shape: Shape, size: int) -> Shape:
-    """The inner chunk of a tensor of `shape` with `size` bytes per element, as near to CHUNK_BYTES as division allows.
+def inner_chunk(shape: Shape, size: int, *, near: int = CHUNK_BYTES) -> Shape:
+    """The inner chunk of a tensor of `shape` with `size` bytes per element, as `near` a size as division allows.
 
     Where only very small and very large ones divide, small ones are taken as long as their index stays below 1 %.
     """
-    return min(_candidates(shape), key=lambda chunk: _rank(numel(chunk) * size))
+    return min(_candidates(shape), key=lambda chunk: _rank(numel(chunk) * size, near))
 
 
 def _candidates(shape: Shape) -> Iterator[Shape]:
@@ -131,10 +131,10 @@ def _divisors(number: int) -> Iterator[int]:
             yield number // small
 
 
-def _rank(nbytes: int) -> tuple[float, ...]:
+def _rank(nbytes: int, near: int) -> tuple[float, ...]:
     low, high = _GOOD
     if low <= nbytes <= high:
-        return (0, max(nbytes, CHUNK_BYTES) / min(nbytes, CHUNK_BYTES), nbytes)
+        return (0, max(nbytes, near) / min(nbytes, near), nbytes)
     if _SMALLEST <= nbytes < low:
         return (1, -nbytes)
     return (2, nbytes) if nbytes > high else (3, -nbytes)
