@@ -1,0 +1,1 @@
+"""What touches a live job: its modules, optimizers and sharded tensors."""

@@ -1,0 +1,197 @@
+"""Preparing a load: what will be filled from where, and everything that does not fit, before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ucp.catalog import Catalog
+from ucp.store import Store
+from ucp.train.fit import check_dtype, check_tensor
+from ucp.train.groups import plan_group_step, plan_options, source_groups
+from ucp.train.names import Rename, match, renamed, selected, stripped, unused
+from ucp.train.optimizer import ParameterPlan, State, plan_states, stored_template, template
+from ucp.train.report import Findings
+from ucp.train.scheduler import plan_scheduler
+from ucp.train.targets import Slot, Targets
+from ucp.train.transfer import Fill
+
+Group = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Job:
+    """A load being prepared.
+
+    `sources` maps names of the target to those of the source; `fills` and `numbers` are what goes into tensors that
+    are there; `states`, `stateless`, `groups` and `schedules` are installed once all bytes were read.
+    """
+
+    catalog: Catalog
+    store: Store
+    targets: Targets
+    rename: Rename | None
+    only: tuple[str, ...] | None
+    findings: Findings = field(default_factory=Findings)
+    sources: dict[str, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    fills: list[Fill] = field(default_factory=list)
+    numbers: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+    states: list[tuple[Optimizer, ParameterPlan]] = field(default_factory=list)
+    stateless: list[tuple[Optimizer, torch.Tensor]] = field(default_factory=list)
+    groups: list[tuple[Group, dict[str, Any]]] = field(default_factory=list)
+    schedules: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+
+    def source_of(self, parameter: torch.Tensor) -> tuple[str, str] | None:
+        """(target name, source name) of an optimizer's parameter, None where the source lacks or `only` excludes it."""
+        names = (name for name in self.targets.names_of(parameter) if name in self.sources)
+        return next(((name, self.sources[name]) for name in names if selected(name, self.only)), None)
+
+
+def plan(job: Job, *, hyper_parameters: bool) -> None:
+    """Fill in everything but the first five fields of `job`; what does not fit goes to its findings."""
+    names = job.targets.names()
+    job.sources = match(names, job.catalog, job.rename)
+    for name in unused(job.rename, names):
+        job.findings.add("map", name, "no such name in the target")
+    for slot in job.targets.slots:
+        if any(selected(name, job.only) for name in slot.names):
+            _plan_slot(job, slot)
+    for optimizer in job.targets.optimizers:
+        _plan_optimizer(job, optimizer, hyper_parameters=hyper_parameters)
+    for scheduler in job.targets.schedulers:
+        homes = _homes(job, scheduler.optimizer) if hasattr(scheduler, "optimizer") else None
+        job.schedules.append((scheduler, plan_scheduler(job.catalog, job.store, scheduler, homes, job.findings)))
+    _find_unexpected(job)
+
+
+def _plan_slot(job: Job, slot: Slot) -> None:
+    found: dict[str, str] = {}
+    for name in slot.names:
+        if name in job.sources:
+            found.setdefault(job.sources[name], name)
+            if name != job.sources[name] and name not in job.catalog.ties:
+                job.findings.renamed[name] = job.sources[name]
+    if not found:
+        wanted = renamed(slot.names[0], job.rename)
+        job.findings.missing(slot.label, stripped(wanted), [*job.catalog.tensors, *job.catalog.ties])
+        return
+    job.used.update(found)
+    source, *others = found
+    tensor = job.catalog.tensors[source]
+    if slot.state in tensor.states:
+        twins = [other for other in others if _same(job, slot, source, other)]
+        if check_tensor(job.findings, found[source], slot.state, tensor.states[slot.state], slot.tensor):
+            covers = tuple(job.catalog.cover(twin, slot.state) for twin in twins)
+            job.fills.append(Fill(slot.tensor, job.catalog.cover(source, slot.state), covers))
+    elif slot.state in tensor.scalars:
+        _plan_number(job, slot, source)
+    else:
+        job.findings.missing(slot.label, slot.state, [*tensor.states, *tensor.scalars])
+
+
+def _same(job: Job, slot: Slot, source: str, other: str) -> bool:
+    """Whether the source may hold one tensor of the target under two names: reading then compares their contents."""
+    mine = job.catalog.tensors[source].states[slot.state]
+    if job.catalog.tensors[other].states.get(slot.state) == mine:
+        return True
+    job.findings.add("ties", slot.label, f"tied in the target, but {source} and {other} differ in the source")
+    return False
+
+
+def _plan_number(job: Job, slot: Slot, source: str) -> None:
+    scalar = job.catalog.tensors[source].scalars[slot.state]
+    dtype = {"int": "int64", "float": "float64"}.get(scalar.dtype, scalar.dtype)
+    if slot.tensor.numel() != 1:
+        job.findings.add("shape", slot.label, f"a number in the source, {list(slot.tensor.shape)} in the target")
+    elif check_dtype(job.findings, slot.names[0], slot.state, dtype, slot.tensor.dtype):
+        job.numbers.append((slot.tensor, scalar.value))
+
+
+def _plan_optimizer(job: Job, optimizer: Optimizer, *, hyper_parameters: bool) -> None:
+    templates: dict[Any, State] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        known = [(p, *pair) for p in group["params"] if (pair := job.source_of(p)) is not None]
+        sources = [source for _, _, source in known]
+        options: dict[str, Any] = {}
+        if sources and _all_selected(job, group, number):
+            if hyper_parameters:
+                options = plan_options(job.catalog, number, group, sources, job.findings)
+            options = {**plan_group_step(job.catalog, number, group, sources, job.findings), **options}
+            job.groups.append((group, options))
+        for parameter, name, source in known:
+            made = ParameterPlan(parameter, name, source)
+            _plan_parameter(job, optimizer, {**group, **options}, made, templates)
+    if job.findings.without_state and not any(_has_state(job.catalog, name) for name in job.catalog.tensors):
+        job.findings.add("missing", "optimizer state", "the source holds none; load the module alone")
+        job.stateless.clear()
+
+
+def _all_selected(job: Job, group: Group, number: int) -> bool:
+    """Whether a whole group is to be loaded; notes parameters without a name."""
+    names = [job.targets.names_of(parameter) for parameter in group["params"]]
+    for parameter, found in zip(group["params"], names, strict=True):
+        if not found:
+            job.findings.add(
+                "missing", f"a parameter of group {number}", f"{list(parameter.shape)}, in no module given"
+            )
+    return all(any(selected(name, job.only) for name in found) for found in names if found)
+
+
+def _plan_parameter(
+    job: Job, optimizer: Optimizer, group: Group, made: ParameterPlan, templates: dict[Any, State]
+) -> None:
+    value = job.catalog.tensors[made.source].states.get("value")
+    if value is None or value.shape != tuple(made.parameter.shape):
+        return
+    try:
+        made.template = template(optimizer, group, made.parameter, templates)
+    except Exception as error:  # noqa: BLE001  an optimizer that we do not know may raise anything
+        kind = type(optimizer).__name__
+        job.findings.notes.append(f"{made.name}: states as stored, {kind} makes none from zero gradients ({error})")
+        made.template = stored_template(job.catalog, made.source)
+    if not _has_state(job.catalog, made.source):
+        job.stateless.append((optimizer, made.parameter))
+        if made.template:
+            job.findings.without_state.append(made.name)
+    elif plan_states(made, job.catalog, job.findings):
+        job.states.append((optimizer, made))
+
+
+def _has_state(catalog: Catalog, name: str) -> bool:
+    tensor = catalog.tensors[name]
+    return bool(tensor.scalars) or any(state != "value" for state in tensor.states)
+
+
+def _homes(job: Job, optimizer: Any) -> Sequence[Sequence[int]]:
+    """The source groups that each of an optimizer's groups takes its parameters from."""
+    found = []
+    for group in optimizer.param_groups:
+        sources = [pair[1] for parameter in group["params"] if (pair := job.source_of(parameter)) is not None]
+        found.append(sorted(source_groups(job.catalog, sources)))
+    return found
+
+
+def _find_unexpected(job: Job) -> None:
+    """Tensors of the source that the target does not hold, and optimizer states that its optimizer does not."""
+    optimized = set(_optimized(job))
+    aliases: dict[str, list[str]] = {}
+    for alias, holder in job.catalog.ties.items():
+        aliases.setdefault(holder, []).append(alias)
+    for name in job.catalog.tensors:
+        if not any(selected(spelling, job.only) for spelling in (name, *aliases.get(name, ()))):
+            continue
+        if name not in job.used:
+            job.findings.add("unexpected", name)
+        elif job.targets.optimizers and name not in optimized and _has_state(job.catalog, name):
+            job.findings.add("unexpected", f"{name}[optimizer state]", "in no group of the target's optimizer")
+
+
+def _optimized(job: Job) -> Iterator[str]:
+    for optimizer in job.targets.optimizers:
+        for group in optimizer.param_groups:
+            yield from (pair[1] for parameter in group["params"] if (pair := job.source_of(parameter)) is not None)

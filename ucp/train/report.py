@@ -1,0 +1,117 @@
+"""What a load found and did: problems before it starts, a report after it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Literal, NamedTuple
+
+from ucp.errors import FitError
+
+ProblemKind = Literal["missing", "unexpected", "shape", "dtype", "hyper-parameters", "map", "ties", "memory"]
+_MOST_SHOWN = 30
+
+
+class Cast(NamedTuple):
+    """A state that was rounded or widened on its way from the source's dtype to the target's."""
+
+    name: str
+    state: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that does not fit. `subject` is what it is about, such as ``head.weight[exp_avg]``."""
+
+    kind: ProblemKind
+    subject: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.subject}{f' ({self.detail})' if self.detail else ''}"
+
+
+@dataclass(slots=True)
+class Findings:
+    """Everything noticed while a load is being prepared."""
+
+    problems: list[Problem] = field(default_factory=list)
+    casts: list[Cast] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+    without_state: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, kind: ProblemKind, subject: str, detail: str = "") -> None:
+        """Note a problem."""
+        self.problems.append(Problem(kind, subject, detail))
+
+    def missing(self, subject: str, name: str, known: Iterable[str]) -> None:
+        """Note that the source lacks `name`, with the names of `known` that come nearest."""
+        close = get_close_matches(name, list(known), n=2)
+        self.add("missing", subject, f"nearest: {', '.join(close)}" if close else "")
+
+    def subjects(self, kind: ProblemKind) -> tuple[str, ...]:
+        """What the problems of one kind are about."""
+        return tuple(problem.subject for problem in self.problems if problem.kind == kind)
+
+    def check(self, url: str, *, strict: bool) -> None:
+        """FitError that lists all problems; without `strict`, missing and unexpected things are none."""
+        tolerated = () if strict else ("missing", "unexpected")
+        problems = [problem for problem in self.problems if problem.kind not in tolerated]
+        if problems:
+            raise FitError(_message(url, problems), hint=_hint(problems))
+
+
+def _message(url: str, problems: Sequence[Problem]) -> str:
+    shown = [f"  {problem}" for problem in problems[:_MOST_SHOWN]]
+    more = [f"  and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
+    return "\n".join([f"{url}: does not fit the target in {len(problems)} places", *shown, *more])
+
+
+def _hint(problems: Sequence[Problem]) -> str:
+    kinds = {problem.kind for problem in problems}
+    if kinds & {"missing", "unexpected"}:
+        return "map={target name: source name} renames, only=[globs] selects, strict=False loads what there is"
+    if "hyper-parameters" in kinds:
+        return "make the optimizer's groups as they were, or keep the target's own with hyper_parameters=False"
+    return "build the target as the source was built"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What `ucp.load` did.
+
+    `tensors` counts the source's tensors that were used, `bytes_read` the bytes this rank read. `renamed` is target
+    name -> source name where they differ, `casts` what changed its dtype. `without_state` names optimized parameters
+    for which the source has no optimizer state; they start without. `missing` and `unexpected` are empty under
+    ``strict``. `not_loaded` names the parts of the training state that nothing in the target asked for.
+    """
+
+    url: str
+    family: str
+    step: int | None
+    tensors: int
+    bytes_read: int
+    seconds: float
+    renamed: Mapping[str, str]
+    casts: tuple[Cast, ...]
+    without_state: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    not_loaded: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        counts = {
+            "renamed": len(self.renamed),
+            "cast": len(self.casts),
+            "without optimizer state": len(self.without_state),
+            "missing": len(self.missing),
+            "unexpected": len(self.unexpected),
+        }
+        parts = [f"{self.tensors} tensors, {self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"]
+        parts += [f"{count} {what}" for what, count in counts.items() if count]
+        return f"loaded step {self.step} of {self.url} ({self.family}): {', '.join(parts)}"

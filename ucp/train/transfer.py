@@ -1,0 +1,211 @@
+"""Moving bytes from a checkpoint into tensors of this rank: a few threads, bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ucp.errors import ConflictError
+from ucp.layout import Box, FlatRange, itemsize
+from ucp.plan import Cover, Extent, Fragment
+from ucp.run.gather import Record, gather
+from ucp.store import Store
+from ucp.train.shards import local_tensor, parts
+
+BLOCK_BYTES = 8 << 20
+"""Bytes that a worker moves at a time, and the size of each of its buffers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Fill `tensor`, this rank's part of it if it is a DTensor, from `cover`, which has the same shape.
+
+    `twins` are further copies in the source that must be equal, bit for bit.
+    """
+
+    tensor: torch.Tensor
+    cover: Cover
+    twins: tuple[Cover, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Fill `target`, a view of the final memory, with box `region` of `cover`."""
+
+    target: torch.Tensor
+    region: Box
+    cover: Cover
+    twins: tuple[Cover, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the source's dtype."""
+        return self.region.size * itemsize(self.cover.spec.dtype)
+
+
+def transfer(store: Store, fills: Sequence[Fill], *, workers: int, record: Record) -> None:
+    """Carry out `fills` with `workers` threads of at most four buffers of `BLOCK_BYTES` each.
+
+    Calls `record` for every range read. The first error stops all workers and is raised.
+    """
+    for device in {fill.tensor.device for fill in fills}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    blocks = (block for fill in fills for block in _blocks(fill))
+    queue = _Queue(blocks)
+    threads = [threading.Thread(target=_work, args=(store, queue, record), daemon=True) for _ in range(workers - 1)]
+    for thread in threads:
+        thread.start()
+    try:
+        _work(store, queue, record)
+    finally:
+        queue.stop()
+        for thread in threads:
+            thread.join()
+    if queue.error is not None:
+        raise queue.error
+
+
+def _blocks(fill: Fill) -> Iterator[Block]:
+    local = local_tensor(fill.tensor, str(fill.cover.key))
+    most = max(1, BLOCK_BYTES // itemsize(fill.cover.spec.dtype))
+    for part in parts(fill.tensor, str(fill.cover.key)):
+        for box in split(part.region, most):
+            here = tuple(
+                slice(at + a - start, at + a - start + n)
+                for at, start, a, n in zip(part.local.start, part.region.start, box.start, box.shape, strict=True)
+            )
+            yield Block(local[here], box, fill.cover, fill.twins)
+
+
+def split(box: Box, most: int) -> Iterator[Box]:
+    """Cut `box` along its outer dims into boxes of at most `most` elements, in row-major order."""
+    if box.size <= most:
+        yield box
+        return
+    dim = next(d for d, n in enumerate(box.shape) if n > 1)
+    step = max(1, most // (box.size // box.shape[dim]))
+    for start in range(0, box.shape[dim], step):
+        count = min(step, box.shape[dim] - start)
+        place = tuple(a + start if d == dim else a for d, a in enumerate(box.start))
+        shape = tuple(count if d == dim else n for d, n in enumerate(box.shape))
+        yield from split(Box(place, shape), most)
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Blocks handed out one at a time, until they end or a worker fails."""
+
+    blocks: Iterator[Block]
+    error: BaseException | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stopped: bool = False
+
+    def take(self) -> Block | None:
+        with self.lock:
+            return None if self.stopped else next(self.blocks, None)
+
+    def fail(self, error: BaseException) -> None:
+        with self.lock:
+            self.error = self.error or error
+            self.stopped = True
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+
+
+def _work(store: Store, queue: _Queue, record: Record) -> None:
+    buffers = _Buffers()
+    try:
+        while (block := queue.take()) is not None:
+            _move(store, block, buffers, record)
+        buffers.finish()
+    except BaseException as error:  # noqa: BLE001  the caller's thread raises it
+        queue.fail(error)
+
+
+class _Buffers:
+    """A worker's staging memory: two buffers in turn, so that a copy to a device overlaps with the next read."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[bool, list[torch.Tensor]] = {}
+        self._events: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    def take(self, nbytes: int, *, pinned: bool) -> torch.Tensor:
+        """`nbytes` bytes that no copy reads any more."""
+        self._turn = 1 - self._turn
+        self._wait(self._turn)
+        pair = self._pairs.setdefault(pinned, [torch.empty(0, dtype=torch.uint8)] * 2)
+        if len(pair[self._turn]) < nbytes:
+            pair[self._turn] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        return pair[self._turn][:nbytes]
+
+    def sent(self, device: torch.device) -> None:
+        """A copy to `device` from the buffer taken last has begun."""
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        self._events[self._turn] = event
+
+    def finish(self) -> None:
+        """Wait for all copies."""
+        self._wait(0)
+        self._wait(1)
+
+    def _wait(self, turn: int) -> None:
+        event, self._events[turn] = self._events[turn], None
+        if event is not None:
+            event.synchronize()
+
+
+def _move(store: Store, block: Block, buffers: _Buffers, record: Record) -> None:
+    target = block.target
+    dtype: torch.dtype = getattr(torch, block.cover.spec.dtype)
+    if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+        view = _bytes(target)
+        _read(store, block.cover, block.region, view, record)
+        _compare(store, block, view, record)
+        return
+    cuda = target.device.type == "cuda"
+    staged = buffers.take(block.nbytes, pinned=cuda)
+    _read(store, block.cover, block.region, staged.numpy().data, record)
+    _compare(store, block, staged.numpy().data, record)
+    values = staged.view(dtype).reshape(block.region.shape)
+    # A cast is cheaper on the device that it ends on.
+    target.copy_(values.to(target.device, non_blocking=True) if cuda else values, non_blocking=cuda)
+    if cuda:
+        buffers.sent(target.device)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU; its strides may say anything where a dim has size 1."""
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    view: memoryview = flat.view(torch.uint8).numpy().data
+    return view
+
+
+def _read(store: Store, cover: Cover, region: Box, view: memoryview, record: Record) -> None:
+    target = Fragment(region, Extent.contiguous("", 0, region.shape, cover.spec.dtype))
+    gather(store, cover.copies_into(_flat(target, cover)), view, record)
+
+
+def _flat(target: Fragment, cover: Cover) -> Fragment:
+    """As one flat run if it is one, which makes the fewest and largest reads."""
+    flat = target.as_flat(cover.spec.shape)
+    assert flat is None or isinstance(flat.region, FlatRange)
+    return target if flat is None else flat
+
+
+def _compare(store: Store, block: Block, view: memoryview, record: Record) -> None:
+    for twin in block.twins:
+        other = memoryview(bytearray(block.nbytes))
+        _read(store, twin, block.region, other, record)
+        if other != view:
+            raise ConflictError(
+                f"{block.cover.key} and {twin.key} are one tensor in the target but differ in the checkpoint",
+                hint="untie them in the target, or choose one with map={name: source name}",
+            )
