@@ -223,7 +223,7 @@ def _state(destination: Store, target: Target, fingerprint: str, *, restart: boo
     earlier = journals.Journal.plan_of(destination)
     if earlier == fingerprint:
         return "partial"
-    if earlier is None and not destination.children():
+    if earlier is None and set(destination.children()) <= {journals.FOLDER}:  # empty, or the journal's first put failed
         return "new"
     if earlier is None:
         raise UsageError(f"{destination.url}: not empty, and no conversion of ours", hint="choose another destination")
