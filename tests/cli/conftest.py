@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 import ucp.converter
 from tests.cli import shards
 from ucp.cli.app import program
+from ucp.format.universal import CONVERTER as UNIVERSAL
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -48,7 +49,7 @@ def other(tmp_path: Path) -> Path:
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run the program in this process."""
-    monkeypatch.setattr(ucp.converter, "converters", lambda: {shards.FAMILY: shards.CONVERTER})
+    monkeypatch.setattr(ucp.converter, "converters", lambda: {shards.FAMILY: shards.CONVERTER, "universal": UNIVERSAL})
     return lambda *arguments, **options: CliRunner().invoke(
         program, [str(a) for a in arguments], prog_name="ucp", **options
     )
@@ -74,7 +75,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture
 def process() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the real program, knowing the test family alone, as a process of its own."""
+    """Run the real program, knowing the test family and the universal form, as a process of its own."""
 
     def run(*arguments: Any, module: str = "tests.cli.shards", **variables: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", module, *map(str, arguments)]

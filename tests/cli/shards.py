@@ -199,14 +199,15 @@ CONVERTER = Shards()
 
 
 def install() -> None:
-    """Make this the one family that is known; for a process of its own."""
+    """Make this and the universal form the families that are known; for a process of its own."""
     import ucp.converter
+    from ucp.format.universal import CONVERTER as UNIVERSAL
 
-    ucp.converter.converters = lambda: {FAMILY: CONVERTER}  # type: ignore[assignment]
+    ucp.converter.converters = lambda: {FAMILY: CONVERTER, "universal": UNIVERSAL}  # type: ignore[assignment]
 
 
 def main() -> None:
-    """``ucp`` with this family alone."""
+    """``ucp`` with this family and the universal form alone."""
     install()
     from ucp.cli import main as run
 

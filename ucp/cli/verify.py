@@ -12,7 +12,7 @@ from ucp.cli.command import command as declare
 from ucp.cli.command import read, reading_options
 from ucp.cli.output import Output
 from ucp.cli.progress import shown
-from ucp.errors import ContentError
+from ucp.errors import ContentError, UsageError
 
 if TYPE_CHECKING:
     from ucp.run.verify import Verdict
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 KEYS = {
     "url": "where the checkpoint lies",
     "against": "URL of the other checkpoint, or null",
-    "deep": "whether everything was read",
+    "deep": "whether everything was read and checked",
+    "training_state": "whether the training state beside the tensors was compared",
     "ok": "whether nothing is wrong; the exit code is then 0, else 6",
     "findings": "list of what is wrong: `kind`, `where` (tensor, state or object) and `message`",
     "bytes_read": "bytes of data read",
@@ -36,10 +37,18 @@ KEYS = {
 @click.argument("url")
 @click.option("--deep", is_flag=True, help="Read everything: digests, low-precision copies, replicas, NaN and Inf.")
 @click.option("--against", metavar="URL", help="Compare with this checkpoint of any family, bit for bit.")
+@click.option("--training-state", is_flag=True, help="With --against: compare what `ucp state` shows, too.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; the number of cores by default.")
 @reading_options
 def command(
-    out: Output, url: str, deep: bool, against: str | None, workers: int | None, family: str | None, tag: str | None
+    out: Output,
+    url: str,
+    deep: bool,
+    against: str | None,
+    training_state: bool,
+    workers: int | None,
+    family: str | None,
+    tag: str | None,
 ) -> None:
     """Check that a checkpoint is whole, or equals another.
 
@@ -49,6 +58,8 @@ def command(
     """
     from ucp.run.verify import verify
 
+    if training_state and against is None:
+        raise UsageError("--training-state needs --against", hint="`ucp verify --help` shows what is possible")
     side = read(url, family=family, tag=tag)
     with shown(out, "verifying") as show:
         verdict = verify(*side, deep=deep, workers=workers, on_progress=show)
@@ -57,20 +68,21 @@ def command(
 
         other = read(against, family=None, tag=None)
         with shown(out, "comparing") as show:
-            verdict.take(compare(side, other, workers=workers, on_progress=show))
+            verdict.take(compare(side, other, training_state=training_state, workers=workers, on_progress=show))
     if out.mode == "json":
-        out.json(_document(side[0].url, against, deep, verdict))
+        out.json(_document(side[0].url, against, deep, training_state, verdict))
     else:
         _print(out, side[0].url, against, deep, verdict)
     if not verdict.ok:
         _fail(out, side[0].url, against, verdict)
 
 
-def _document(url: str, against: str | None, deep: bool, verdict: Verdict) -> dict[str, Any]:
+def _document(url: str, against: str | None, deep: bool, training_state: bool, verdict: Verdict) -> dict[str, Any]:
     return {
         "url": url,
         "against": against,
         "deep": deep,
+        "training_state": training_state,
         "ok": verdict.ok,
         "findings": [{"kind": f.kind, "where": f.where, "message": f.message} for f in verdict.findings],
         "bytes_read": verdict.bytes_read,

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from ucp.catalog import Catalog
+from ucp.catalog import Catalog, Tensor
 from ucp.errors import FitError, NotFoundError
 from ucp.layout import FlatRange, itemsize
 from ucp.plan import BLOCK_BYTES, Cover, Key, Section
 from ucp.run.cast import Array
 from ucp.run.gather import read_region
 from ucp.run.numbers import values
+from ucp.run.trees import differences
 from ucp.run.verify import Finding, OnProgress, Verdict, run_checks
 from ucp.store import Store
 
 Side = tuple[Catalog, Store]
 
 
-def compare(a: Side, b: Side, *, workers: int | None = None, on_progress: OnProgress | None = None) -> Verdict:
+def compare(
+    a: Side,
+    b: Side,
+    *,
+    training_state: bool = False,
+    workers: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Verdict:
     """Compare two checkpoints: step, tensors, states, per-parameter numbers, hyper-parameters, ties, and every byte.
 
-    Aliases count as the tensor they name. The carried training state is not compared: families hold it differently.
-    Raises what reading raises.
+    Aliases count as the tensor they name. With `training_state` the rest of the training state is compared too;
+    families may hold it in other forms. Raises what reading raises.
     """
     catalog, other = a[0], b[0]
     verdict = Verdict(findings=list(_described(catalog, other)))
@@ -41,6 +50,9 @@ def compare(a: Side, b: Side, *, workers: int | None = None, on_progress: OnProg
 
     for part in run_checks(keys, check, total=total, workers=workers, on_progress=on_progress):
         verdict.take(part)
+    if training_state:
+        differing = differences(dict(catalog.state), dict(other.state), stores=(a[1], b[1]))
+        verdict.findings += [Finding("training-state", path, message) for path, message in differing]
     return verdict
 
 
@@ -56,13 +68,14 @@ def _described(a: Catalog, b: Catalog) -> Iterator[Finding]:
     known_a, known_b = {*a.tensors, *a.ties}, {*b.tensors, *b.ties}
     for name in sorted(known_a ^ known_b):
         yield Finding("tensor", name, "only in the first" if name in known_a else "only in the second")
-    for name in a.tensors:
-        if name in known_b:
-            yield from _tensor(a, b, name)
+    common = [name for name in a.tensors if name in known_b]
+    for name in common:
+        yield from _forms(name, a.tensors[name], b.tensors[b.resolve(name)])
+    yield from _together("scalar", ((name, _scalars(a, b, name)) for name in common))
+    yield from _together("option", ((name, _options(a, b, name)) for name in common))
 
 
-def _tensor(a: Catalog, b: Catalog, name: str) -> Iterator[Finding]:
-    one, two = a.tensors[name], b.tensors[b.resolve(name)]
+def _forms(name: str, one: Tensor, two: Tensor) -> Iterator[Finding]:
     if one.kind != two.kind:
         yield Finding("kind", name, f"{one.kind} against {two.kind}")
     for state in sorted({*one.states, *two.states}):
@@ -71,23 +84,33 @@ def _tensor(a: Catalog, b: Catalog, name: str) -> Iterator[Finding]:
             yield Finding("state", where, f"only in the {'second' if first is None else 'first'}")
         elif first != second:
             yield Finding("form", where, f"{first.dtype}{list(first.shape)} against {second.dtype}{list(second.shape)}")
-    for scalar in sorted({*one.scalars, *two.scalars}):
-        mine, theirs = one.scalars.get(scalar), two.scalars.get(scalar)
-        if mine is None or theirs is None or mine.value != theirs.value:
-            yield Finding("scalar", str(Key(name, scalar)), f"{_number(mine)} against {_number(theirs)}")
-    yield from _options(a, b, name)
 
 
-def _number(scalar: Any) -> str:
-    return "nothing" if scalar is None else str(scalar.value)
+def _together(kind: str, found: Iterable[tuple[str, Iterable[str]]]) -> Iterator[Finding]:
+    """One finding for all the tensors that differ in the same way."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, messages in found:
+        for message in messages:
+            names[message].append(name)
+    for message, where in names.items():
+        yield Finding(kind, where[0] + (f" and {len(where) - 1} more" if len(where) > 1 else ""), message)
 
 
-def _options(a: Catalog, b: Catalog, name: str) -> Iterator[Finding]:
-    one, two = _plain_options(a, name), _plain_options(b, b.resolve(name))
-    for option in sorted({*one, *two}):
-        mine, theirs = one.get(option, "nothing"), two.get(option, "nothing")
-        if mine != theirs:
-            yield Finding("option", name, f"{option}: {mine} against {theirs}")
+def _scalars(a: Catalog, b: Catalog, name: str) -> Iterator[str]:
+    one, two = a.tensors[name].scalars, b.tensors[b.resolve(name)].scalars
+    yield from _values({key: s.value for key, s in one.items()}, {key: s.value for key, s in two.items()})
+
+
+def _options(a: Catalog, b: Catalog, name: str) -> Iterator[str]:
+    yield from _values(_plain_options(a, name), _plain_options(b, b.resolve(name)))
+
+
+def _values(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted({*one, *two}):
+        if key not in one or key not in two:
+            yield f"{key} only in the {'first' if key in one else 'second'}"
+        elif one[key] != two[key]:
+            yield f"{key} {one[key]} against {two[key]}"
 
 
 def _plain_options(catalog: Catalog, name: str) -> dict[str, Any]:
