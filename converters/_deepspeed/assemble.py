@@ -1,0 +1,162 @@
+"""Puts the pieces of a DeepSpeed checkpoint together into a catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ucp.catalog import Catalog, Source, Tensor
+from ucp.plan import Fragment, Key, TensorSpec
+from ucp.store import Store
+from ucp.tree import Tree
+
+from . import nodes
+from .carried import carried_state
+from .checks import check
+from .files import locate
+from .found import Found
+from .load import Save, load
+from .naming import candidates_of
+from .pipeline import layer_entries, local_entries, merge_stages
+from .same import Comparison
+from .stage0 import read_plain_optimizers
+from .weights import Weights, buffer_names, read_weights
+from .zero import read_optimizer
+
+_WRAPPERS = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+
+
+def read_catalog(store: Store, *, tag: str | None, frozen: Sequence[str]) -> Catalog:
+    """The catalog of the checkpoint at `store`; see `ucp.converters.deepspeed.DeepSpeed.read`."""
+    save = load(store, locate(store, tag))
+    check(store, save)
+    comparison = Comparison(store, save.checksums)
+    stages = _optimizers(store, save, comparison, frozen)
+    found, own = merge_stages(store, list(stages.values()))
+    weights = read_weights(save, _module(save, found), found.shapes, comparison)
+    tensors, fragments = _tensors(found, weights)
+    state = carried_state(save, stages, weights, comparison)
+    if own:
+        state["pipeline_copies"] = own
+    return Catalog(
+        url=store.url,
+        source=_source(save, found, weights),
+        tensors=tensors,
+        fragments=fragments,
+        step=_step(save),
+        witnesses=_witnesses(weights, fragments),
+        ties=weights.ties,
+        param_groups=tuple(found.groups),
+        state=state,
+        checksums=save.checksums,
+        objects=save.objects,
+        notes=(*found.notes, *weights.notes, *_step_note(save, found)),
+        options={name: value for name, value in (("tag", tag), ("frozen", tuple(frozen))) if value},
+    )
+
+
+def _optimizers(store: Store, save: Save, comparison: Comparison, frozen: Sequence[str]) -> dict[int, Found]:
+    entries = local_entries(save) if save.layers else _whole_module(save)
+    if not save.optims:
+        return read_plain_optimizers(store, save, comparison, candidates_of(entries, buffer_names(save), frozen))
+    shapes = {name: node.extent.shape for name, node in entries.items() if nodes.is_tensor(node)}
+    return {mp: read_optimizer(save, mp, comparison, shapes) for mp in range(save.mesh["pp"])}
+
+
+def _module(save: Save, found: Found) -> dict[str, Tree]:
+    return layer_entries(save, found.shapes) if save.layers else _whole_module(save)
+
+
+def _whole_module(save: Save) -> dict[str, Tree]:
+    model = save.model(0)
+    module = nodes.mapping(model.root.get("module"), f"{model.path}: module")
+    return {str(name): node for name, node in module.items()}
+
+
+def _tensors(found: Found, weights: Weights) -> tuple[dict[str, Tensor], dict[Key, tuple[Fragment, ...]]]:
+    """All tensors in the module's order; optimized parameters that the module does not list come last."""
+    tensors: dict[str, Tensor] = {}
+    fragments: dict[Key, tuple[Fragment, ...]] = {}
+    for name in dict.fromkeys([*weights.order, *found.shapes]):
+        if name in found.shapes:
+            states = found.states[name]
+            fragments.update({Key(name, state): stored.fragments for state, stored in states.items()})
+            specs = {state: stored.spec for state, stored in states.items()}
+            tensors[name] = Tensor(name, "parameter", specs, found.scalars.get(name, {}))
+        else:
+            held = weights.values[name]
+            fragments[Key(name, "value")] = held.fragments
+            tensors[name] = Tensor(name, weights.kinds[name], {"value": held.spec})
+    return tensors, fragments
+
+
+def _witnesses(
+    weights: Weights, fragments: dict[Key, tuple[Fragment, ...]]
+) -> dict[str, tuple[TensorSpec, tuple[Fragment, ...]]]:
+    """The module's copies, unless the copy is the value itself; then further copies of it are replicas."""
+    found: dict[str, tuple[TensorSpec, tuple[Fragment, ...]]] = {}
+    for name, held in weights.copies.items():
+        key = Key(name, "value")
+        if any(fragment.extent == held.fragments[0].extent for fragment in fragments[key]):
+            fragments[key] += held.fragments[1:]
+        else:
+            found[name] = (held.spec, held.fragments)
+    return found
+
+
+def _source(save: Save, found: Found, weights: Weights) -> Source:
+    version = str(save.model(0).root.get("ds_version", ""))
+    config = save.model(0).root.get("ds_config")
+    named = config.get("optimizer") if isinstance(config, Mapping) else None
+    masters = sorted({states["value"].spec.dtype for states in found.states.values() if "value" in states})
+    return Source(
+        "deepspeed",
+        version,
+        save.mesh,
+        {
+            "zero_stage": save.stage if _partitioned(save) else 0,
+            "ds_version": version,
+            "tag": save.folder.tag or None,
+            "value_dtype": " ".join(masters) or None,
+            "model_dtype": " ".join(sorted(weights.dtypes)) or None,
+            "wrapper": _wrapper(save),
+            "optimizer": str(named.get("type")) if isinstance(named, Mapping) else None,
+        },
+    )
+
+
+def _partitioned(save: Save) -> bool:
+    """Whether ZeRO was on: BF16_Optimizer partitions like stage 1 without it, and then there are no param_shapes."""
+    return save.model(0).root.get("param_shapes") is not None
+
+
+def _wrapper(save: Save) -> str | None:
+    """DeepSpeed's class around the optimizer, told by the keys it saves."""
+    if save.optims:
+        inner = save.optims[0, 0].root["optimizer_state_dict"]
+        return _WRAPPERS[save.stage] if "zero_stage" in inner else "BF16_Optimizer"
+    optimizer = save.model(0).root.get("optimizer")
+    if not isinstance(optimizer, Mapping):
+        return None
+    if "fp32_groups_flat" in optimizer:
+        return "FP16_Optimizer"
+    return "FP16_UnfusedOptimizer" if "fp32_groups" in optimizer else None
+
+
+def _step(save: Save) -> int | None:
+    steps = save.model(0).root.get("global_steps")
+    return None if steps is None else nodes.integer(steps, f"{save.model(0).path}: global_steps")
+
+
+def _step_note(save: Save, found: Found) -> list[str]:
+    """A remark where the optimizer stands at another step than the engine counted."""
+    steps = {scalars["step"].value for scalars in found.scalars.values() if "step" in scalars}
+    root = save.model(0).root
+    counted = root.get("global_steps")
+    if not steps or not nodes.is_number(counted):
+        return []
+    skipped = root.get("skipped_steps")
+    expected = counted - (skipped if nodes.is_number(skipped) else 0)
+    # FusedAdam counts in the first parameter of a group alone (deepspeed/ops/adam/fused_adam.py).
+    if max(steps) == expected:
+        return []
+    return [f"the optimizer counted {max(steps):g} steps, the engine {counted} of which {skipped or 0} skipped"]

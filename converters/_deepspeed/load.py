@@ -1,0 +1,167 @@
+"""Reads the pickles of every file of a checkpoint.
+
+Which files there must be: deepspeed/runtime/engine.py, ``_common_checkpoint_state`` (``dp_world_size``,
+``checkpoint_parallel_dimensions``) and ``_configure_checkpointing`` (which rank writes what).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ucp.catalog import Checksum
+from ucp.container.torchfile import TorchFile, read_torch_file
+from ucp.errors import ConflictError, FitError, NotFoundError
+from ucp.layout import Mesh
+from ucp.store import Store
+from ucp.tree import Tree
+
+from . import nodes
+from .files import Folder
+
+MISSING_HINT = "every rank writes its own file; copy the whole tag folder, or use an earlier checkpoint"
+LEFTOVER_HINT = "two saves wrote into one folder; remove the files of the older one"
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """One file of one rank, as an inert tree."""
+
+    path: str
+    root: Mapping[str, Tree]
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """All files of one save.
+
+    `models` is keyed by (mp, dp), with dp 0 alone for ZeRO 0 to 2; `optims` by (mp, dp) and empty where the optimizer
+    is inside the model files; `layers` by pipeline layer.
+    """
+
+    folder: Folder
+    mesh: Mesh
+    stage: int
+    models: Mapping[tuple[int, int], RankFile]
+    optims: Mapping[tuple[int, int], RankFile]
+    layers: Mapping[int, RankFile]
+    files: tuple[TorchFile, ...]
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel degree, over which ZeRO partitions."""
+        return self.mesh["dp"]
+
+    @property
+    def checksums(self) -> tuple[Checksum, ...]:
+        """Everything the files let us verify."""
+        return tuple(checksum for file in self.files for checksum in file.checksums)
+
+    @property
+    def objects(self) -> dict[str, tuple[int, str]]:
+        """Size and fingerprint of every file."""
+        return {file.entry.path: (file.entry.size, file.entry.fingerprint) for file in self.files}
+
+    def ranks(self, mp: int) -> list[RankFile]:
+        """Optimizer files of one model-parallel rank, in order of dp."""
+        return [self.optims[mp, dp] for dp in range(self.dp)]
+
+    def model(self, mp: int) -> RankFile:
+        """The first model file of one model-parallel rank."""
+        return self.models[mp, 0]
+
+    def shards(self, mp: int) -> list[RankFile]:
+        """Model files of one model-parallel rank, in order of dp; one file for ZeRO 0 to 2."""
+        return [self.models[rank] for rank in sorted(self.models) if rank[0] == mp]
+
+
+def load(store: Store, folder: Folder) -> Save:
+    """Read every file of `folder`.
+
+    NotFoundError if there is no model file at all, FitError for tensor parallelism and spread-out experts; whatever
+    the file reader raises for a damaged or unsafe file.
+    """
+    base = f"{store.url}/{folder.path}"
+    if folder.experts:
+        raise spread_experts(base + folder.experts[0])
+    files: list[TorchFile] = []
+    optims = {rank: _read(store, path, files) for rank, path in sorted(folder.optim.items())}
+    stage = max((zero_stage(file) for file in optims.values()), default=0)
+    models = {rank: _read(store, path, files) for rank, path in sorted(_model_paths(base, folder, stage).items())}
+    layers = {layer: _read(store, path, files) for (layer, _), path in sorted(folder.layers.items())}
+    return Save(folder, _mesh(base, folder, models), stage, models, optims, layers, tuple(files))
+
+
+def zero_stage(file: RankFile) -> int:
+    """ZeRO stage of an optimizer file.
+
+    BF16_Optimizer (deepspeed/runtime/bf16_optimizer.py) writes none and partitions as stage 1 does.
+    """
+    inner = nodes.mapping(file.root.get("optimizer_state_dict"), f"{file.path}: optimizer_state_dict")
+    return nodes.integer(inner.get("zero_stage", 1), f"{file.path}: zero_stage")
+
+
+def spread_experts(path: str) -> FitError:
+    """What is said about experts that are spread over ranks."""
+    return FitError(
+        f"{path}: mixture of experts with experts spread over ranks is not supported yet",
+        hint="every rank gives its experts the same local names, so reading them needs a program",
+    )
+
+
+def _read(store: Store, path: str, files: list[TorchFile]) -> RankFile:
+    file = read_torch_file(store, path)
+    files.append(file)
+    return RankFile(path, nodes.mapping(file.root, path))
+
+
+def _model_paths(base: str, folder: Folder, stage: int) -> dict[tuple[int, int], str]:
+    """Paths of the model files: one per rank under ZeRO 3, else one per model-parallel rank."""
+    if folder.model and folder.shards:
+        raise ConflictError(
+            f"{base}: {next(iter(folder.model.values()))} is of ZeRO 0 to 2, but "
+            f"{next(iter(folder.shards.values()))} is of ZeRO 3",
+            hint=LEFTOVER_HINT,
+        )
+    found = dict(folder.shards) if stage == 3 else {(mp, 0): path for mp, path in folder.model.items()}
+    if folder.shards and not folder.optim:
+        raise NotFoundError(f"{base}zero_pp_rank_0_mp_rank_00_optim_states.pt: missing", hint=MISSING_HINT)
+    if not found:
+        name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        raise NotFoundError(f"{base}{name}: missing", hint=MISSING_HINT)
+    return found
+
+
+def _mesh(base: str, folder: Folder, models: Mapping[tuple[int, int], RankFile]) -> Mesh:
+    """Degrees of pipeline, tensor and data parallelism; FitError if tensors may be cut across ranks."""
+    first = next(iter(models.values()))
+    found = 1 + max(mp for mp, _ in [*models, *folder.optim])
+    pp, tp = _degrees(first, folder, found)
+    if tp > 1:
+        raise FitError(
+            f"{base}: tensor parallel over {tp} ranks needs a program; not supported yet",
+            hint="save without tensor parallelism, or convert with DeepSpeed's own ds_to_universal",
+        )
+    width = 1 + max((dp for _, dp in folder.optim), default=0)
+    dp = nodes.integer(first.root.get("dp_world_size", width), f"{first.path}: dp_world_size")
+    return Mesh({"pp": pp, "tp": 1, "dp": max(dp, 1)})
+
+
+def _degrees(first: RankFile, folder: Folder, found: int) -> tuple[int, int]:
+    """Degrees of pipeline and tensor parallelism.
+
+    Before ``checkpoint_parallel_dimensions`` was saved (2026), tp is the number of files per pipeline layer, or all
+    model-parallel ranks where there are no such files (deepspeed/checkpoint/reshape_3d_utils.py).
+    """
+    degrees = first.root.get("checkpoint_parallel_dimensions")
+    if degrees is not None:
+        where = f"{first.path}: checkpoint_parallel_dimensions"
+        degrees = nodes.mapping(degrees, where)
+        pp, tp = (nodes.integer(degrees.get(name, 1), where) for name in ("pp_degree", "tp_degree"))
+        # Megatron's own grid may not tell DeepSpeed about its tensor-parallel ranks.
+        return (pp, tp) if pp * tp >= found or folder.layers else (pp, max(tp, found // pp))
+    saved = nodes.integer(first.root.get("mp_world_size", found), f"{first.path}: mp_world_size")
+    if not folder.layers:
+        return 1, max(found, saved)
+    tp = 1 + max(tp for _, tp in folder.layers)
+    return max(found, saved) // tp, tp
