@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ucp
-from tests.train.handmade import columns, flat, make, whole
+from tests.train.handmade import Counting, columns, flat, make, whole
 from ucp.checkpoint import Checkpoint
 from ucp.lazy import LazyTensor
 from ucp.plan import Extent
-from ucp.store import Store
 from ucp.tree import Opaque, TensorLeaf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]
@@ -102,38 +101,6 @@ def test_ints_of_numpy_and_torch_are_ints(lazy: LazyTensor) -> None:
 def test_truth_of_what_was_not_read_is_not_guessed(lazy: LazyTensor) -> None:
     with pytest.raises(ucp.UsageError, match="x"):
         bool(lazy)
-
-
-class Counting(Store):
-    """Passes reads on and counts their bytes."""
-
-    def __init__(self, inner: Store) -> None:
-        self.inner, self.url, self.bytes_read = inner, inner.url, 0
-
-    def read_into(self, path: str, offset: int, buffer: bytearray | memoryview) -> None:
-        self.bytes_read += len(memoryview(buffer).cast("B"))
-        self.inner.read_into(path, offset, buffer)
-
-    def entry(self, path: str) -> Any:
-        return self.inner.entry(path)
-
-    def entries(self, prefix: str = "") -> Any:
-        return self.inner.entries(prefix)
-
-    def children(self, path: str = "") -> list[str]:
-        return self.inner.children(path)
-
-    def create(self, path: str, size: int) -> Any:
-        return self.inner.create(path, size)
-
-    def put(self, path: str, data: Any, *, if_absent: bool = False) -> None:
-        self.inner.put(path, data, if_absent=if_absent)
-
-    def delete(self, path: str) -> None:
-        self.inner.delete(path)
-
-    def child(self, path: str) -> Store:
-        return self.inner.child(path)
 
 
 def test_a_slice_reads_just_its_bytes(tmp_path: Path) -> None:

@@ -112,3 +112,35 @@ def make(
         ),
     )
     return catalog, store
+
+
+class Counting(Store):
+    """Passes reads on and counts their bytes."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner, self.url, self.bytes_read = inner, inner.url, 0
+
+    def read_into(self, path: str, offset: int, buffer: bytearray | memoryview) -> None:
+        self.bytes_read += len(memoryview(buffer).cast("B"))
+        self.inner.read_into(path, offset, buffer)
+
+    def entry(self, path: str) -> Any:
+        return self.inner.entry(path)
+
+    def entries(self, prefix: str = "") -> Any:
+        return self.inner.entries(prefix)
+
+    def children(self, path: str = "") -> list[str]:
+        return self.inner.children(path)
+
+    def create(self, path: str, size: int) -> Any:
+        return self.inner.create(path, size)
+
+    def put(self, path: str, data: Any, *, if_absent: bool = False) -> None:
+        self.inner.put(path, data, if_absent=if_absent)
+
+    def delete(self, path: str) -> None:
+        self.inner.delete(path)
+
+    def child(self, path: str) -> Store:
+        return self.inner.child(path)

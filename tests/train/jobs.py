@@ -1,0 +1,211 @@
+"""What the ranks of the distributed tests run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import ucp
+from tests.support.model import batch, build_model, param_groups
+from tests.train.handmade import Counting
+from ucp.checkpoint import Checkpoint
+
+
+class Perceptron(nn.Module):
+    """Sizes that tensor parallelism over 2 can cut, and FSDP over 2 after it only unevenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Perceptron() for _ in range(2))
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x * self.scale
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(param_groups(model), foreach=False)
+
+
+def build(kind: str) -> nn.Module:
+    if kind == "lm":
+        return build_model(seed=7)
+    torch.manual_seed(3)
+    return Stack()
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    if isinstance(model, Stack):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        return (model(x) - x.flip(0)).square().mean()
+    tokens, labels = batch(step)
+    return nn.functional.cross_entropy(model(tokens).float().flatten(0, 1), labels.flatten())
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
+    loss = loss_of(model, step)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def shard(model: nn.Module, layout: str, world: int) -> nn.Module:
+    blocks = list(model.layers if isinstance(model, Stack) else model.blocks)
+    mesh = None
+    if layout in ("tp", "fsdp+tp"):
+        axes = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        for block in blocks:
+            parallelize_module(block, axes["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        if layout == "tp":
+            return model
+        mesh = axes["dp"]
+    elif layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def local_bytes(tensors: list[Tensor]) -> int:
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+def resume(rank: int, world: int, source: Any, kind: str, layout: str, steps: int) -> dict[str, Any]:
+    """Load into a sharded model and optimizer; return everything whole, the next losses, and the bytes read."""
+    torch.manual_seed(100 + rank)
+    model = build(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(9.0)
+    model = shard(model, layout, world)
+    optimizer = optimizer_of(model)
+    for group in optimizer.param_groups:
+        group.update(lr=9.0, weight_decay=9.0)
+    ckpt, store = _open(source)
+    report = ucp.load((model, optimizer), ckpt, verify=False)
+    named = dict(model.named_parameters())
+    states = {
+        f"{state}/{name}": value
+        for name, parameter in named.items()
+        for state, value in optimizer.state.get(parameter, {}).items()
+    }
+    persistent = [model.get_buffer(name) for name in model.state_dict() if name not in {**named, "head.weight": 0}]
+    needed = local_bytes([*named.values(), *(v for k, v in states.items() if "step/" not in k), *persistent])
+    layouts = all(
+        value.placements == named[key.partition("/")[2]].placements
+        for key, value in states.items()
+        if isinstance(value, DTensor)
+    )
+    whole_state = {key: whole(value) for key, value in {**named, **states, **dict(model.named_buffers())}.items()}
+    losses = [train_step(model, optimizer, step) for step in range(steps, steps + 3)]
+    return {
+        "state": {key: value.numpy() for key, value in whole_state.items()},
+        "sharded": sum(isinstance(value, DTensor) for value in (*named.values(), *states.values())),
+        "layouts": layouts,
+        "losses": losses,
+        "bytes": (report.bytes_read, store.bytes_read, needed),
+        "hyper": [(group["lr"], group["betas"], group["weight_decay"]) for group in optimizer.param_groups],
+    }
+
+
+def _open(source: Any) -> tuple[Checkpoint, Counting]:
+    ckpt = source if isinstance(source, Checkpoint) else ucp.open(source)
+    store = Counting(ckpt.store)
+    return replace(ckpt, store=store), store
+
+
+def round_to_bfloat16(rank: int, world: int, source: Any) -> bool:
+    model = shard(build("lm").bfloat16(), "fsdp", world)
+    ucp.load(model, source)
+    ckpt, _ = _open(source)
+    return all(
+        torch.equal(whole(parameter), ckpt[name]["value"][...].bfloat16())
+        for name, parameter in model.named_parameters()
+    )
+
+
+def load_after_forward(rank: int, world: int, source: Any) -> bool:
+    """FSDP2 keeps the root's parameters gathered after a forward pass; a load must not write into that copy."""
+    model = shard(build("lm"), "fsdp", world).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        before = float(loss_of(model, 0))
+        ucp.load(model, source)
+        after = float(loss_of(model, 0))
+        plain = build("lm").eval()
+        ucp.load(plain, source)
+        return before != after == float(loss_of(plain, 0))
+
+
+def placements(rank: int, world: int, source: Checkpoint) -> list[str]:
+    """Every placement of a matrix on a 2x2 mesh, from a source cut another way; returns what came out wrong."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh = init_device_mesh("cpu", (2, world // 2))
+    truth = source["w"]["value"][...]
+    wrong = []
+    for first in (Replicate(), Shard(0), Shard(1), Shard(2)):
+        for second in (Replicate(), Shard(0), Shard(1), Shard(2)):
+            target = distribute_tensor(torch.zeros_like(truth), mesh, (first, second))
+            ucp.load({"w": target}, source)
+            if not torch.equal(target.full_tensor(), truth):
+                wrong.append(f"{first} {second}")
+    # Interleaved rows: the local tensor is several boxes of the whole one.
+    for factor in (2, 3):
+        placement = _StridedShard(0, split_factor=factor)
+        rows = torch.arange(truth.shape[0])
+        pieces, _ = placement._split_tensor(rows, 2, with_padding=False)
+        local = torch.zeros(len(pieces[mesh.get_coordinate()[0]]), *truth.shape[1:])
+        target = DTensor.from_local(
+            local, mesh, (placement, Replicate()), run_check=False, shape=truth.shape, stride=truth.stride()
+        )
+        ucp.load({"w": target}, source)
+        if not torch.equal(target.to_local(), truth[pieces[mesh.get_coordinate()[0]]]):
+            wrong.append(f"interleaved {factor}")
+    return wrong
+
+
+def partial(rank: int, world: int, source: Checkpoint) -> str:
+    mesh = init_device_mesh("cpu", (world,))
+    target = DTensor.from_local(torch.zeros(source["w"].shape), mesh, (Partial(),), run_check=False)
+    try:
+        ucp.load({"w": target}, source)
+    except ucp.FitError as error:
+        return str(error)
+    return "no error"
+
+
+def columns_of_a_large_matrix(rank: int, world: int, source: Checkpoint) -> tuple[int, int, bool]:
+    ckpt, store = _open(source)
+    mesh = init_device_mesh("cpu", (world,))
+    truth = ckpt["w"]["value"][...]
+    store.bytes_read = 0
+    target = distribute_tensor(torch.zeros_like(truth), mesh, (Shard(1),))
+    ucp.load({"w": target}, ckpt, verify=False)
+    return store.bytes_read, target.to_local().nbytes, torch.equal(target.full_tensor(), truth)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.gloo import spawn
+from tests.train import jobs
+from tests.train.handmade import columns, flat, make
+from ucp.checkpoint import Checkpoint
+
+STEPS = 3
+
+
+class Truth:
+    """A plain model trained for some steps, its checkpoint, and its next losses."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.model = jobs.build(kind)
+        self.optimizer = jobs.optimizer_of(self.model)
+        for step in range(STEPS):
+            jobs.train_step(self.model, self.optimizer, step)
+        self.state = snapshot(self.model, self.optimizer)
+        self.checkpoint = save(folder, self.model, self.optimizer, flat(3))
+        self.hyper = [(g["lr"], g["betas"], g["weight_decay"]) for g in self.optimizer.param_groups]
+        self.losses = [jobs.train_step(self.model, self.optimizer, STEPS + i) for i in range(3)]
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        found |= {f"{state}/{name}": v.clone() for state, v in optimizer.state.get(parameter, {}).items()}
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cut: Any) -> Checkpoint:
+    named = dict(model.named_parameters())
+    names = {id(p): name for name, p in named.items()}
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    steps = {}
+    for name, tensor in model.state_dict().items():
+        if name in named or name in dict(model.named_buffers()):
+            states = optimizer.state.get(named.get(name), {})
+            tensors[name] = {"value": tensor, **{k: v for k, v in states.items() if k != "step"}}
+            if "step" in states:
+                steps[name] = float(states["step"])
+    groups = [
+        ([names[id(p)] for p in g["params"]], {k: v for k, v in g.items() if k != "params"})
+        for g in optimizer.param_groups
+    ]
+    ties = {"head.weight": "embed.weight"} if "embed.weight" in named else {}
+    return Checkpoint(*make(str(folder), tensors, cut=cut, steps=steps, groups=groups, ties=ties))
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    return Truth(tmp_path_factory.mktemp("lm"), "lm")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    return Truth(tmp_path_factory.mktemp("stack"), "stack")
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "world"),
+    [
+        ("lm", "fsdp", 2),
+        ("lm", "fsdp", 3),
+        ("lm", "fsdp", 4),
+        ("lm", "hsdp", 4),
+        ("stack", "tp", 2),
+        ("stack", "fsdp+tp", 4),
+    ],
+)
+def test_every_layout_resumes_with_the_same_state(
+    kind: str, layout: str, world: int, request: pytest.FixtureRequest
+) -> None:
+    truth: Truth = request.getfixturevalue(kind)
+    for result in spawn(jobs.resume, world, truth.checkpoint, kind, layout, STEPS):
+        assert result["state"].keys() == truth.state.keys()
+        for key, value in truth.state.items():
+            got = torch.from_numpy(result["state"][key])
+            assert got.dtype == value.dtype
+            assert torch.equal(got, value), key
+        assert result["sharded"] > 8
+        assert result["layouts"], "states are laid out as their parameters"
+        assert result["hyper"] == truth.hyper
+        # The order of additions differs between layouts after the first forward pass.
+        assert result["losses"] == pytest.approx(truth.losses, rel=2e-5)
+        if layout in ("fsdp", "hsdp"):
+            assert result["losses"][0] == truth.losses[0]
+            assert result["bytes"][0] == result["bytes"][1] == result["bytes"][2], "just the rank's own bytes"
+
+
+def test_every_rank_rounds_its_own_shard(lm: Truth) -> None:
+    assert spawn(jobs.round_to_bfloat16, 3, lm.checkpoint) == [True] * 3
+
+
+def test_gathered_copies_are_thrown_away_first(lm: Truth) -> None:
+    assert spawn(jobs.load_after_forward, 2, lm.checkpoint) == [True] * 2
+
+
+@pytest.mark.parametrize("cut", [flat(3), columns(2)])
+def test_every_placement_on_a_mesh(tmp_path: Path, cut: Any) -> None:
+    source = Checkpoint(*make(str(tmp_path), {"w": {"value": torch.randn(7, 5, 3)}}, cut=cut))
+    assert spawn(jobs.placements, 4, source) == [[]] * 4
+
+
+def test_partial_placements_are_refused(tmp_path: Path) -> None:
+    source = Checkpoint(*make(str(tmp_path), {"w": {"value": torch.randn(4, 3)}}))
+    for message in spawn(jobs.partial, 2, source):
+        assert "memory: w" in message
+        assert "redistribute" in message
+
+
+def test_columns_read_a_bounded_multiple_of_what_they_need(tmp_path: Path) -> None:
+    source = Checkpoint(*make(str(tmp_path), {"w": {"value": torch.randn(512, 768)}}, cut=flat(2)))
+    for read, needed, right in spawn(jobs.columns_of_a_large_matrix, 3, source):
+        assert right
+        assert needed <= read <= 4 * needed + (64 << 10)
