@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ucp.container.leaves import leaf_bytes
 from ucp.container.values import Reference
+from ucp.store import Store
 from ucp.tree import Opaque, TensorLeaf, Tree
 
-_CLASSES = frozenset(
+_CALLED = frozenset(
     {
         "argparse.Namespace",
         "collections.Counter",
@@ -42,6 +44,9 @@ _REFERENCES = frozenset(
     + [f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64")]
     + ["torch.bool", "torch.half", "torch.float", "torch.double", "torch.int", "torch.long"]
 )
+
+CLASSES = _CALLED | _REFERENCES | {"numpy.ndarray"}
+"""All that the files name, by ``module.name``."""
 
 Drop = Callable[[str, str], None]
 """Called with the path of what is left behind and the reason."""
@@ -93,13 +98,31 @@ def _reference(node: Reference) -> Reference:
 
 
 def _opaque(node: Opaque, path: str, drop: Drop) -> Opaque:
-    if node.path not in _CLASSES:
+    if node.path not in _CALLED or node.kwargs:
         raise _NotCarried(f"an object of class {node.path}")
     return replace(
         node,
         args=tuple(_carry(arg, path, drop) for arg in node.args),
-        kwargs={key: _carry(value, path, drop) for key, value in node.kwargs.items()},
         state=_carry(node.state, path, drop),
         items=[_carry(item, path, drop) for item in node.items],
         pairs=[(_carry(key, path, drop), _carry(value, path, drop)) for key, value in node.pairs],
     )
+
+
+def inlined(node: Tree, store: Store) -> Tree:
+    """What `carry` gave, with the bytes of its tensors read from `store`."""
+    if isinstance(node, TensorLeaf):
+        return replace(node, inline=leaf_bytes(store, node))
+    if isinstance(node, dict):
+        return {key: inlined(value, store) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(inlined(item, store) for item in node)
+    if isinstance(node, Opaque) and not isinstance(node, Reference):
+        return replace(
+            node,
+            args=inlined(node.args, store),
+            state=inlined(node.state, store),
+            items=inlined(node.items, store),
+            pairs=inlined(node.pairs, store),
+        )
+    return node

@@ -25,12 +25,12 @@ def finish_load(engine: Any, url: str, *, strict: bool = True) -> None:
 
     - Frozen parameters and persistent buffers, under every ZeRO stage: DeepSpeed skips the module's state
       (deepspeed/runtime/engine.py, ``_load_checkpoint``).
-    - Hyper-parameters of each optimizer group under ZeRO-3, which gives all groups those of the first, and a step of its
-      own for each sub-group, which otherwise share one tensor that every sub-group's update increments
+    - Hyper-parameters of each optimizer group under ZeRO-3, whose loader knows only those of one group, and a step of
+      its own for each sub-group: they share one tensor, which torch's optimizers would count up once per sub-group
       (deepspeed/runtime/zero/stage3.py, ``load_hp_checkpoint_state_from_checkpoint_dir_stage3``).
 
-    Nothing is changed if anything does not fit: NotFoundError for a frozen parameter or buffer that the checkpoint lacks
-    (with `strict` off it keeps the value it has), FitError for one of another shape and for optimizer groups cut
+    Nothing is changed if anything does not fit: NotFoundError for a frozen parameter or buffer that the checkpoint
+    lacks (with `strict` off it keeps the value it has), FitError for one of another shape and for optimizer groups cut
     differently. Damaged files raise what `ucp.open` raises.
     """
     with open_checkpoint(url) as checkpoint:
@@ -114,8 +114,8 @@ def _holder(number: int, names: list[str], owner: Mapping[str, ParamGroup], cata
     holders = {id(owner[name]): owner[name] for name in map(catalog.resolve, names) if name in owner}
     if len(holders) > 1:
         raise FitError(
-            f"{catalog.url}: the parameters of the job's optimizer group {number} are in {len(holders)} groups there, with "
-            "different hyper-parameters",
+            f"{catalog.url}: the parameters of the job's optimizer group {number} are in {len(holders)} groups there, "
+            "with different hyper-parameters",
             hint="give the job the groups it was trained with, or set the hyper-parameters of each group after loading",
         )
     return next(iter(holders.values()), None)

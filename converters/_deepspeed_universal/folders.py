@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ucp.catalog import Catalog, ParamGroup, Scalar, Tensor
-from .names import check_name
 from ucp.errors import FitError
 from ucp.plan import TensorSpec
+
+from .names import check_name
 
 ADAM = frozenset({"exp_avg", "exp_avg_sq"})
 """The optimizer states that ZeRO-3 loads, by name; it neither asks for nor takes others (runtime/zero/stage3.py)."""
@@ -65,7 +66,7 @@ def content(catalog: Catalog) -> Content:
             check_name(tensor.name)
             folders[tensor.name] = Folder(tensor.name, ("value",))
     _note_scalars(catalog, notes)
-    step, zero3 = _zero3(catalog, folders, notes)
+    step, zero3 = _zero3(folders, notes)
     return Content(tuple(folders.values()), groups, step, zero3, tuple(notes))
 
 
@@ -88,8 +89,8 @@ def _group(number: int, members: list[Tensor], notes: list[str]) -> Iterator[Fol
         yield Folder(tensor.name, tuple(tensor.states), zeros, step)
     if made_up:
         notes.append(
-            f"{len(made_up)} parameters never took an optimizer step ({made_up[0]}, …): their states are written as zeros "
-            "with the step of their group, which is what ZeRO itself gives such parameters"
+            f"{len(made_up)} parameters never took an optimizer step ({made_up[0]}, …): their states are written as "
+            "zeros with the step of their group, which is what ZeRO itself gives such parameters"
         )
 
 
@@ -119,8 +120,8 @@ def _check_state(tensor: Tensor, state: str, spec: TensorSpec) -> None:
 def _zero(tensor: Tensor, state: str) -> TensorSpec:
     if state not in _STARTS_AS_ZERO:
         raise FitError(
-            f"{tensor.name}: has no state {state!r}, which others of its optimizer group have; DeepSpeed needs it and it is "
-            "not known to start as zero",
+            f"{tensor.name}: has no state {state!r}, which others of its optimizer group have; DeepSpeed needs it and "
+            "it is not known to start as zero",
             hint="resume from the universal form with ucp.load",
         )
     return TensorSpec(tensor.states["value"].shape, "float32")
@@ -132,17 +133,19 @@ def _note_scalars(catalog: Catalog, notes: list[str]) -> None:
         notes.append(f"not carried, DeepSpeed's universal loader knows no scalar but the step: {', '.join(others)}")
 
 
-def _zero3(catalog: Catalog, folders: Mapping[str, Folder], notes: list[str]) -> tuple[Scalar | None, bool]:
+def _zero3(folders: Mapping[str, Folder], notes: list[str]) -> tuple[Scalar | None, bool]:
     """The step of all parameters, and whether ZeRO-3 takes all there is or refuses by itself."""
     optimized = [folder for folder in folders.values() if len(folder.states) + len(folder.zeros) > 1 or folder.step]
     states = {state for folder in optimized for state in (*folder.states, *folder.zeros)} - {"value"}
     steps = {folder.step.value: folder.step for folder in optimized if folder.step is not None}
-    if extra := states - ADAM if states >= ADAM else ():
+    if states > ADAM:
+        extra = states - ADAM
         notes.append(f"not for ZeRO-3, which would drop {', '.join(sorted(extra))}: resume under ZeRO-1 or 2")
         return None, False
     if len(steps) > 1:
         notes.append("not for ZeRO-3, which has one step for all groups: resume under ZeRO-1 or 2")
         return None, False
     if states and not states >= ADAM:
-        notes.append(f"ZeRO-3 loads Adam's states alone, these are {', '.join(sorted(states))}: resume under ZeRO-1 or 2")
+        found = ", ".join(sorted(states))
+        notes.append(f"ZeRO-3 loads Adam's states alone, these are {found}: resume under ZeRO-1 or 2")
     return next(iter(steps.values()), None), True

@@ -1,7 +1,7 @@
 """Reading a DeepSpeed universal folder, ours or one that DeepSpeed's own ``ds_to_universal.py`` made.
 
-Stages 0 to 2 write each state as ``{"param": tensor of the parameter's shape, "cat_dim": …}`` and a ``step.pt``; stage 3
-writes bare flat tensors, whose shape the model file knows, and one step for all in ``optimizer_state.pt``
+Stages 1 and 2 write each state as ``{"param": tensor of the parameter's shape, "cat_dim": …}`` and a ``step.pt``; stage
+3 writes bare flat tensors, whose shape the model file knows, and one step for all in ``optimizer_state.pt``
 (deepspeed/checkpoint/ds_to_universal.py, ``merge_tp_slices``, ``merge_zero3_slices``).
 """
 
@@ -22,14 +22,17 @@ from ucp.store import Store
 from ucp.tree import Tree
 
 from .._deepspeed import nodes
+from .._deepspeed.carried import ENGINE_KEYS
 from .names import LATEST, MODEL_STATES, MODEL_STATES_3, OPTIMIZER_STATE, VALUE_FILE
 from .untrained import untrained
 
 _MOST_TAG_BYTES = 4096
-_ENGINE_KEYS = frozenset(
+_TENSOR_KEYS = frozenset(
     "module buffer_names optimizer param_shapes frozen_param_shapes frozen_param_fragments shared_params".split()
 )
 """Keys of a model file that this reader turns into tensors (deepspeed/runtime/engine.py, ``_save_checkpoint``)."""
+
+_GROUP_KEYS = frozenset("ds_version param_groups optimizer_state_dict fp32_flat_groups group_paddings".split())
 
 
 def detect(store: Store) -> bool:
@@ -208,8 +211,8 @@ def _shared_step(store: Store, found: _Found) -> Scalar | None:
 
 def _groups(found: _Found, tensors: Mapping[str, Tensor]) -> tuple[ParamGroup, ...]:
     """Hyper-parameters by the names of each group's parameters, where the files still tell."""
-    listed = found.optimizer.get("param_groups")
-    groups = [group for group in listed or [] if isinstance(group, Mapping) and group.keys() - {"params"}]
+    listed = nodes.sequence(found.optimizer.get("param_groups", ()), OPTIMIZER_STATE)
+    groups = [group for group in listed if isinstance(group, Mapping) and group.keys() - {"params"}]
     parts = _shape_dicts(found.model)
     named = _by_group(groups, parts, _mapping(found.optimizer, "optimizer_state_dict"))
     if named is None:
@@ -232,8 +235,9 @@ def _by_group(
     if len(groups) == 1:
         return [[str(name) for part in parts for name in part]]
     listed = inner.get("param_groups")
-    ids = [group.get("params") for group in listed if isinstance(group, Mapping)] if isinstance(listed, list) else []
-    if len(ids) == len(groups) and all(isinstance(i, list) for i in ids):
+    inner_groups = [group for group in listed if isinstance(group, Mapping)] if isinstance(listed, list) else []
+    ids = [members for group in inner_groups if isinstance(members := group.get("params"), list)]
+    if len(ids) == len(groups):
         flat = [i for members in ids for i in members]
         if sorted(flat) == list(range(len(parts))):
             return [[str(name) for i in members for name in parts[i]] for members in ids]
@@ -243,5 +247,15 @@ def _by_group(
 
 
 def _state(found: _Found) -> dict[str, Tree]:
-    kept = {str(key): value for key, value in found.model.items() if key not in _ENGINE_KEYS}
-    return kept
+    """The rest of the training state, under the keys that the reader of DeepSpeed's own checkpoints uses."""
+    state = {str(key): value for key, value in found.model.items() if key in ENGINE_KEYS}
+    client = {str(k): v for k, v in found.model.items() if k not in ENGINE_KEYS and k not in _TENSOR_KEYS}
+    if client:
+        state["client_state"] = client
+    optimizer = {str(key): value for key, value in found.optimizer.items() if key not in _GROUP_KEYS}
+    if optimizer:
+        state["optimizer"] = optimizer
+    extra = {str(k): v for k, v in _mapping(found.model, "module").items() if not nodes.is_tensor(v)}
+    if extra:
+        state["module"] = extra
+    return state

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ucp.catalog import Catalog, Scalar
 from ucp.container.values import Size
 from ucp.layout import Shape
 from ucp.plan import Extent
-from ucp.tree import Opaque, TensorLeaf, Tree
+from ucp.tree import TensorLeaf, Tree
 
 from .carry import Drop, carry
 from .folders import Content
+from .scaler import loss_scale
 
 _DS_VERSION = "0.16.0"
 """Loaders ask for at least 0.3.17 (deepspeed/runtime/zero/stage_1_and_2.py, ``_load_global_state``)."""
 
 _SPARE_GROUPS = 64
-_LOSS_SCALE_KEYS = ("loss_scaler", "dynamic_loss_scale", "overflow")
+_ASIDE = frozenset({"client_state", "module", "optimizer", "per_rank"})
 
 
 def scalar_tree(scalar: Scalar) -> Tree:
@@ -52,6 +52,10 @@ def optimizer_tree(catalog: Catalog, content: Content, drop: Drop) -> dict[str, 
         "ds_version": _DS_VERSION,
         "param_groups": [*numbered, *({"params": []} for _ in range(_SPARE_GROUPS))],
     }
+    saved = merged(catalog).get("optimizer")
+    if isinstance(saved, dict):
+        kept = {**loss_scale(saved), **{key: saved[key] for key in ("clip_grad",) if key in saved}}
+        tree.update(carry(kept, "optimizer", drop))
     if content.zero3:
         state = {} if content.step is None else {0: {"step": scalar_tree(content.step)}}
         tree["optimizer_state_dict"] = {"state": state, "param_groups": [{**_agreed(groups), "params": [0]}]}
@@ -74,14 +78,48 @@ def disagreeing(content: Content) -> list[str]:
     return sorted({str(key) for group in groups for key in group} - {str(key) for key in _agreed(groups)})
 
 
-def shapes_tree(catalog: Catalog, content: Content) -> dict[str, Tree]:
-    """What a model file says about its tensors (deepspeed/runtime/engine.py, ``_save_checkpoint``)."""
-    kinds = {kind: [t for t in catalog.tensors.values() if t.kind == kind] for kind in ("frozen", "buffer")}
+def merged(catalog: Catalog) -> dict[str, Tree]:
+    """The training state as rank 0 had it: what is common to all ranks, with what was its own."""
+    own = catalog.state.get("per_rank")
+    first = own.get(0) if isinstance(own, dict) else None
+    common = {key: value for key, value in catalog.state.items() if key != "per_rank"}
+    return _merged(common, first) if isinstance(first, dict) else common
+
+
+def _merged(common: dict[Any, Tree], own: dict[Any, Tree]) -> dict[Any, Tree]:
+    both = {k: _merged(common[k], v) for k, v in own.items() if isinstance(v, dict) and isinstance(common.get(k), dict)}
+    return {**common, **own, **both}
+
+
+def model_tree(catalog: Catalog, content: Content, drop: Drop) -> dict[str, Tree]:
+    """A model file: shapes, counters, scheduler and client state (deepspeed/runtime/engine.py, ``_save_checkpoint``).
+
+    DeepSpeed reads it on every rank, twice, and skips what is in ``module``: frozen parameters and buffers have their
+    folders instead. ``mp_world_size`` is the number of such files that a loader must find
+    (deepspeed/runtime/state_dict_factory.py, ``check_ckpt_list``).
+    """
+    state = merged(catalog)
+    client, module = (state.get(key) for key in ("client_state", "module"))
+    engine = {key: value for key, value in state.items() if key not in _ASIDE}
     return {
-        "module": {},
-        "buffer_names": [tensor.name for tensor in kinds["buffer"]],
+        **(carry(client, "client_state", drop) if isinstance(client, dict) else {}),
+        "lr_scheduler": None,
+        "global_steps": catalog.step or 0,
+        "skipped_steps": 0,
+        "dp_world_size": catalog.source.mesh["dp"],
+        **carry(engine, "state", drop),
+        **_shapes(catalog, content),
+        "module": carry(module, "module", drop) if isinstance(module, dict) else {},
+        "mp_world_size": 1,
+    }
+
+
+def _shapes(catalog: Catalog, content: Content) -> dict[str, Tree]:
+    tensors = catalog.tensors.values()
+    return {
+        "buffer_names": [tensor.name for tensor in tensors if tensor.kind == "buffer"],
         "param_shapes": [{name: _size(catalog, name) for name in group.params} for group in content.groups],
-        "frozen_param_shapes": {tensor.name: _size(catalog, tensor.name) for tensor in kinds["frozen"]},
+        "frozen_param_shapes": {t.name: _size(catalog, t.name) for t in tensors if t.kind == "frozen"},
         "frozen_param_fragments": None,
         "shared_params": dict(catalog.ties),
         "optimizer": None,

@@ -1,7 +1,7 @@
 """Frozen parameters and buffers of a folder that keeps them in its model files alone.
 
-DeepSpeed's own converter copies the model files; stage 3 keeps buffers whole and frozen parameters as flat slices, one per
-rank (deepspeed/runtime/engine.py, ``_get_zero_frozen_param_attributes``).
+DeepSpeed's own converter copies the model files; stage 3 keeps buffers whole and frozen parameters as flat slices, one
+per rank (deepspeed/runtime/engine.py, ``_get_zero_frozen_param_attributes``).
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+"""DeepSpeed universal folders, from which stock DeepSpeed resumes under ZeRO-1, 2, 3 and BF16_Optimizer.
+
+One folder serves every stage; one that DeepSpeed's own ``ds_to_universal.py`` made of a ZeRO-3 checkpoint loads under
+ZeRO-3 alone, and one made of ZeRO-1 or 2 not under ZeRO-3. After ``engine.load_checkpoint(url)`` a job should call
+`finish_load`, which restores what DeepSpeed's universal loader leaves undone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ucp.catalog import Catalog
+from ucp.errors import UsageError
+from ucp.store import Store
+
+from ._deepspeed_universal.finish import finish_load
+from ._deepspeed_universal.read import detect, read
+from ._deepspeed_universal.target import FAMILY, UniversalFolder, make_target
+
+
+class DeepSpeedUniversal:
+    """The converter of family ``deepspeed-universal``."""
+
+    family = FAMILY
+
+    def detect(self, store: Store) -> bool:
+        """Whether `store` is a universal folder, or a save root with universal folders and nothing else."""
+        return detect(store)
+
+    def read(self, store: Store, *, tag: str | None = None, **options: Any) -> Catalog:
+        """The catalog of one universal folder, ours or DeepSpeed's; `tag` names it in a save root.
+
+        NotFoundError for an incomplete folder; CorruptError, UnsafeError as its files are.
+        """
+        _only_tag(options)
+        return read(store, tag=tag)
+
+    def target(self, catalog: Catalog, store: Store, *, tag: str | None = None, **options: Any) -> UniversalFolder:
+        """Lay `catalog` out as a save root with one universal folder, ``<tag>_universal``.
+
+        `tag` is ``global_step<N>`` where it is not given. FitError for what such a folder cannot hold: states of
+        another shape than the parameter's, several steps in one optimizer group, names that are no path.
+        """
+        _only_tag(options)
+        return make_target(catalog, store, tag=tag)
+
+
+def _only_tag(options: dict[str, Any]) -> None:
+    if options:
+        raise UsageError(f"{FAMILY}: unknown option {next(iter(options))!r}", hint="known: tag")
+
+
+CONVERTER = DeepSpeedUniversal()
+
+__all__ = ["CONVERTER", "DeepSpeedUniversal", "finish_load"]
