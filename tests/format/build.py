@@ -54,7 +54,9 @@ def write(catalog: Catalog, store: Store, destination: Path, **options: Any) -> 
     return found
 
 
-def universal(folder: Path, tensors: Mapping[str, States], *, shard_bytes: int | None = None, **changes: Any) -> LocalStore:
+def universal(
+    folder: Path, tensors: Mapping[str, States], *, shard_bytes: int | None = None, **changes: Any
+) -> LocalStore:
     """A universal checkpoint of `tensors` in ``folder/universal``."""
     catalog, store = source(folder / "source", tensors, **changes)
     options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}

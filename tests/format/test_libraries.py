@@ -23,7 +23,18 @@ from ucp.format.records import ROOT
 from ucp.store import LocalStore
 
 Open = Callable[[Path], "np.ndarray"]
-DTYPES = ["float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "uint8", "bool"]
+DTYPES = [
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int32",
+    "uint8",
+    "bool",
+]
 DTYPES += ["int8", "int16", "uint16", "uint32", "uint64", "complex64"]
 STATES = ("value", "exp_avg", "exp_avg_sq")
 

@@ -132,7 +132,7 @@ def _divisors(number: int) -> Iterator[int]:
 
 
 def _rank(nbytes: int, near: int) -> tuple[float, ...]:
-    low, high = _GOOD
+    low, high = max(_SMALLEST, min(_GOOD[0], near // 2)), _GOOD[1]
     if low <= nbytes <= high:
         return (0, max(nbytes, near) / min(nbytes, near), nbytes)
     if _SMALLEST <= nbytes < low:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
-import numpy as np
 from crc32c import crc32c
-from numpy.lib.stride_tricks import as_strided
 
 from ucp.catalog import Catalog, Tensor
 from ucp.errors import FitError
 from ucp.format.documents import compact, root_document, zarr_documents
 from ucp.format.grid import SHARD_BYTES, Grid
+from ucp.format.leaves import LeafReader
 from ucp.format.manifest import FAMILY, encode_groups, keeps, make_manifest
 from ucp.format.names import component
 from ucp.format.records import BLOBS, DIGESTS, ROOT, STATE, TENSORS, Array, File, Record, Shard
@@ -22,7 +20,6 @@ from ucp.format.shard import INDEX, ShardFrame
 from ucp.format.state import Encoder
 from ucp.plan import Digests, Task, TensorSpec
 from ucp.store import Store
-from ucp.tree import TensorLeaf
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class UniversalTarget:
         """Zarr metadata, training state and block digests, then the root with the manifest."""
         records = [_digested(record, digests) for record in self.records]
         documents = zarr_documents(records)
-        encoder = Encoder(partial(leaf_bytes, self.store))
+        encoder = Encoder(LeafReader(self.store, self.catalog.checksums))
         blocks = b"".join(_blocks(digests[path]) for record in records for _, path in _objects(record))
         state = {name: encoder.encode(tree, where=name) for name, tree in self.catalog.state.items()}
         groups = encode_groups(self.catalog, encoder)
@@ -110,17 +107,3 @@ def _shard(frame: ShardFrame, digests: Digests) -> Shard:
 
 def _blocks(digests: Digests) -> bytes:
     return struct.pack(f"<{len(digests.crc32c)}I", *digests.crc32c)
-
-
-def leaf_bytes(store: Store, leaf: TensorLeaf) -> bytes:
-    """The bytes of a tensor of training state, C order, wherever it lies in `store`."""
-    extent = leaf.extent
-    if leaf.inline is not None or not extent.nbytes:
-        return leaf.inline or b""
-    start, stop = extent.span
-    data = store.read(extent.object, start, stop - start)
-    if extent.is_contiguous:
-        return data
-    item = np.dtype(f"V{extent.itemsize}")
-    strides = tuple(stride * extent.itemsize for stride in extent.strides)
-    return as_strided(np.frombuffer(data, item), extent.shape, strides).tobytes()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from ucp.catalog import Catalog
+from ucp.catalog import Catalog, Checksum
 from ucp.errors import CorruptError, NotFoundError, UsageError
 from ucp.format import parse
 from ucp.format.checksums import Checksums, read_file
 from ucp.format.documents import Json, parsed, root_digest, zarr_documents
 from ucp.format.grid import SHARD_BYTES
+from ucp.format.leaves import LeafReader
 from ucp.format.manifest import FAMILY, Manifest, read_manifest
-from ucp.format.records import BLOBS, DIGESTS, ROOT, STATE
+from ucp.format.records import BLOBS, DIGESTS, ROOT, STATE, File
 from ucp.format.state import Blob, Decoder
-from ucp.format.target import UniversalTarget, leaf_bytes, make_target
+from ucp.format.target import UniversalTarget, make_target
 from ucp.layout import Shape
 from ucp.plan import Fragment, Key
 from ucp.store import Store
@@ -103,9 +103,10 @@ def _check_files(manifest: Manifest, where: str) -> None:
 def _read_state(store: Store, manifest: Manifest) -> tuple[Decoder, Json]:
     where = f"{store.url}/{STATE}"
     doc = parsed(read_file(store, manifest.files[STATE]), where=where)
-    held = manifest.files[BLOBS].size if BLOBS in manifest.files else 0
-    blobs = {name: _blob(row, held, where) for name, row in parse.members(doc, "blobs", dict, where)}
-    return Decoder(blobs, partial(leaf_bytes, store)), parse.member(doc, "state", dict, where)
+    file = manifest.files.get(BLOBS, File(BLOBS, 0, 0))
+    blobs = {name: _blob(row, file.size, where) for name, row in parse.members(doc, "blobs", dict, where)}
+    reader = LeafReader(store, [Checksum(BLOBS, 0, file.size, "crc32c", file.crc32c)])
+    return Decoder(blobs, reader), parse.member(doc, "state", dict, where)
 
 
 def _blob(row: Json, held: int, where: str) -> Blob:
