@@ -35,8 +35,10 @@ def test_plan_writes_nothing_and_is_what_convert_does(document, invoke, checkpoi
 
 
 def test_plan_hints_at_the_same_conversion(invoke, checkpoint, tmp_path) -> None:
-    result = invoke("plan", checkpoint, tmp_path / "a b", "--to", "shards", "--no-check", "--workers", "2", "-v")
-    line = f"`ucp convert {checkpoint} '{tmp_path / 'a b'}' --to shards --workers 2 --no-check`"
+    result = invoke(
+        "plan", checkpoint, tmp_path / "a b", "--to", "shards", "--no-check", "--workers", "2", "-v", "-o", "a=b c"
+    )
+    line = f"`ucp convert {checkpoint} '{tmp_path / 'a b'}' --to shards --workers 2 --no-check --option 'a=b c'`"
     assert line in result.stderr
     assert "data/embed.weight.value.bin" in result.stdout
     assert "to check" not in result.stdout

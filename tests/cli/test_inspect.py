@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.cli import shards
 from tests.cli.conftest import arrays
 from ucp.cli.app import program
 
@@ -70,6 +71,18 @@ def edit_fragments(checkpoint: Path, change) -> None:
     (checkpoint / "index.json").write_text(json.dumps(index))
 
 
+def test_options_reach_the_reader(invoke, checkpoint, monkeypatch) -> None:
+    given = {}
+    read = shards.Shards.read
+    monkeypatch.setattr(
+        shards.Shards, "read", lambda self, store, **options: (given.update(options), read(self, store))[1]
+    )
+    assert invoke("info", checkpoint, "--tag", "t", "-o", "one=1=1", "-o", "two=a", "-o", "two=b").exit_code == 0
+    assert given == {"tag": "t", "one": "1=1", "two": ("a", "b")}
+    for word in ("nothing", "=x", "family=x"):
+        assert invoke("info", checkpoint, "-o", word).exit_code == 2
+
+
 def test_ls_selects_and_sorts(invoke, document, checkpoint) -> None:
     assert invoke("ls", checkpoint, "-q").stdout.split() == [
         "embed.weight", "layers.0.attn.weight", "layers.9.bias", "layers.10.bias", "norm.running"
@@ -106,8 +119,6 @@ def test_tree_adds_up(document, invoke, checkpoint) -> None:
 
 
 def test_a_name_of_many_parts_is_no_danger(document, invoke, tmp_path) -> None:
-    from tests.cli import shards
-
     deep = shards.write(tmp_path / "deep", {"a." * 5000 + "b": np.ones(2, np.float32)})
     assert document("tree", deep)["tree"]["tensors"] == 1
     assert invoke("tree", deep).exit_code == 0

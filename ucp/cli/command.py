@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ucp.cli.output import Mode, Output
+from ucp.errors import UsageError
 
 if TYPE_CHECKING:
     from ucp.catalog import Catalog
@@ -62,19 +64,52 @@ def _flag(*names: str, help: str) -> Decorator:
     return click.option(*names, is_flag=True, envvar=envvar, help=help)
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How to read a source: as which family (None detects it), and with which options of the family's reader."""
+
+    family: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def catalog(self, url: str) -> tuple[Catalog, Store]:
+        """The catalog of the checkpoint at `url` and the store it lies in."""
+        from ucp.converter import read_catalog
+
+        return read_catalog(url, family=self.family, **self.options)
+
+
 def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say how to read the source."""
-    function = click.option("--tag", help="Which checkpoint of a folder that holds several.")(function)
-    return click.option("--family", help="Read as this family instead of detecting it.")(function)
+    """Options that say how to read the source; the function gets them as one `Reading`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, family: str | None, tag: str | None, option: Sequence[str], **rest: Any) -> Any:
+        words = [*option, *([f"tag={tag}"] if tag is not None else [])]
+        return function(*args, reading=Reading(family, reader_options(words)), **rest)
+
+    for declared in reversed(_READING):
+        run = declared(run)
+    return run
 
 
-def read(url: str, *, family: str | None, tag: str | None) -> tuple[Catalog, Store]:
-    """The catalog of the checkpoint at `url` and the store it lies in."""
-    from ucp.converter import read_catalog
+_READING = (
+    click.option("--family", help="Read as this family instead of detecting it."),
+    click.option("--tag", help="Which checkpoint of a folder that holds several."),
+    click.option(
+        "-o",
+        "--option",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Option of the family's reader, such as frozen='adapter.*' of deepspeed; may be repeated.",
+    ),
+)
 
-    return read_catalog(url, family=family, **reader_options(tag))
 
-
-def reader_options(tag: str | None) -> dict[str, str]:
-    """Options for the reader; what was not asked for is left out."""
-    return {} if tag is None else {"tag": tag}
+def reader_options(words: Sequence[str]) -> dict[str, str | tuple[str, ...]]:
+    """``NAME=VALUE`` words as options; a name that is given twice becomes a tuple. UsageError for anything else."""
+    found: dict[str, tuple[str, ...]] = {}
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not sign or not name.isidentifier() or name in ("family", "url"):
+            raise UsageError(f"{word!r} is not NAME=VALUE", hint="for example: -o frozen='adapter.*'")
+        found[name] = (*found.get(name, ()), value)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}

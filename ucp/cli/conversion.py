@@ -27,14 +27,19 @@ def rerun() -> str:
     """The `ucp convert` command line with the arguments of the running command."""
     context = click.get_current_context()
     words = ["ucp", "convert", context.params["source"], context.params["destination"]]
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        if not isinstance(parameter, click.Option) or parameter.name in _LEFT_OUT or value in (None, False):
-            continue
-        if value == parameter.get_default(context):
-            continue
-        words += [parameter.opts[-1]] if parameter.is_flag else [parameter.opts[-1], str(value)]
+    for option in context.command.params:
+        if isinstance(option, click.Option) and option.name not in _LEFT_OUT:
+            words += _spelled(option, context.params.get(option.name or ""))
     return shlex.join(words)
+
+
+def _spelled(option: click.Option, value: Any) -> list[str]:
+    """The words that give `option` its `value`; none for what it is anyway."""
+    name = option.opts[-1]
+    if option.is_flag:
+        return [name] if value else []
+    values = value if option.multiple else [value]
+    return [word for one in values if one not in (None, option.default) for word in (name, str(one))]
 
 
 _LEFT_OUT = ("json", "quiet", "verbose", "no_progress", "restart")

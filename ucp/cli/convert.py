@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ucp.cli import text
+from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.command import reader_options, reading_options
 from ucp.cli.conversion import conversion_options, rerun
 from ucp.cli.output import Output
 from ucp.cli.progress import shown
@@ -53,8 +53,7 @@ def command(
     no_check: bool,
     processes: bool,
     restart: bool,
-    family: str | None,
-    tag: str | None,
+    reading: Reading,
 ) -> None:
     """Convert the checkpoint SOURCE into a new one at DESTINATION.
 
@@ -68,10 +67,10 @@ def command(
             source,
             destination,
             to=to,
-            family=family,
+            family=reading.family,
             check=not no_check,
             restart=restart,
-            read_options=reader_options(tag),
+            read_options=reading.options,
         )
         for note in conversion.catalog.notes:
             out.remark(("note", "yellow"), "  ", note)

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from ucp.cli import text
+from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.command import read, reading_options
 from ucp.cli.describe import overview
 from ucp.cli.output import Output, Span
 
@@ -40,12 +40,12 @@ KEYS = {
 @declare("info", json_keys=KEYS)
 @click.argument("url")
 @reading_options
-def command(out: Output, url: str, family: str | None, tag: str | None) -> None:
+def command(out: Output, url: str, reading: Reading) -> None:
     """Show a checkpoint on one screen.
 
     Who wrote it, what it holds, whether it is complete. Reads metadata only.
     """
-    catalog, _ = read(url, family=family, tag=tag)
+    catalog, _ = reading.catalog(url)
     facts = overview(catalog)
     if out.mode == "json":
         out.json(facts)

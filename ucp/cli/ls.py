@@ -10,8 +10,8 @@ import click
 
 from ucp.catalog import Catalog
 from ucp.cli import text
+from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.command import read, reading_options
 from ucp.cli.describe import objects_of, tensor_row
 from ucp.cli.output import Output
 from ucp.errors import NotFoundError
@@ -32,14 +32,12 @@ KEYS = {
 @click.option("--sort", type=click.Choice(["name", "size"]), default="name", help="Order; size is largest first.")
 @click.option("-l", "--long", is_flag=True, help="One line per state, with its fragments and objects.")
 @reading_options
-def command(
-    out: Output, url: str, glob: str, state: str | None, sort: str, long: bool, family: str | None, tag: str | None
-) -> None:
+def command(out: Output, url: str, glob: str, state: str | None, sort: str, long: bool, reading: Reading) -> None:
     """List tensors: name, kind, shape, dtype, states, bytes.
 
     GLOB picks names, such as '*.attn.*' (quote it); `*` matches dots too. Reads metadata only.
     """
-    catalog, _ = read(url, family=family, tag=tag)
+    catalog, _ = reading.catalog(url)
     rows = _select(catalog, glob, state)
     ties = {alias: name for alias, name in catalog.ties.items() if fnmatchcase(alias, glob) and state is None}
     if not rows and not ties:

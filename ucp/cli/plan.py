@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ucp.cli import text
+from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.command import reader_options, reading_options
 from ucp.cli.conversion import conversion_options, rerun
 from ucp.cli.output import Output
 
@@ -49,8 +49,7 @@ def command(
     to: str,
     workers: int | None,
     no_check: bool,
-    family: str | None,
-    tag: str | None,
+    reading: Reading,
 ) -> None:
     """Show what `ucp convert` would do; nothing is written.
 
@@ -60,7 +59,7 @@ def command(
     from ucp.run.executor import default_workers
 
     conversion = prepare(
-        source, destination, to=to, family=family, check=not no_check, read_options=reader_options(tag)
+        source, destination, to=to, family=reading.family, check=not no_check, read_options=reading.options
     )
     facts = describe(conversion, workers or default_workers())
     if out.verbose:

@@ -9,8 +9,8 @@ import click
 
 from ucp.catalog import Catalog
 from ucp.cli import text
+from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.command import read, reading_options
 from ucp.cli.describe import groups_of, tensor_row
 from ucp.cli.output import Output
 from ucp.layout import FlatRange, Region
@@ -45,12 +45,12 @@ KEYS = {
 @click.argument("tensor")
 @click.option("--stats", is_flag=True, help="Read the data: min, max, mean, std, NaN and infinite elements.")
 @reading_options
-def command(out: Output, url: str, tensor: str, stats: bool, family: str | None, tag: str | None) -> None:
+def command(out: Output, url: str, tensor: str, stats: bool, reading: Reading) -> None:
     """Show one tensor, and where each fragment of it lies.
 
     Also its states and hyper-parameters. Reads metadata only, unless --stats is given.
     """
-    catalog, store = read(url, family=family, tag=tag)
+    catalog, store = reading.catalog(url)
     name = catalog.resolve(tensor)
     facts = describe(catalog, name)
     facts["stats"] = {state: _stats(catalog, store, name, state) for state in facts["states"]} if stats else None

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.command import read, reading_options
 from ucp.cli.describe import leaf_text
 from ucp.cli.output import Output
 from ucp.errors import NotFoundError
@@ -29,13 +29,13 @@ _LONGEST = 60
 @click.argument("path", default="")
 @click.option("--depth", type=click.IntRange(min=1), help="Levels to show; all by default.")
 @reading_options
-def command(out: Output, url: str, path: str, depth: int | None, family: str | None, tag: str | None) -> None:
+def command(out: Output, url: str, path: str, depth: int | None, reading: Reading) -> None:
     """Show the training state that is not in tensors.
 
     Schedulers, loss scale, random states, client state. PATH picks a part, such as 'lr_scheduler.last_epoch'. Objects
     are shown by the name of their class and are never built. Reads metadata only.
     """
-    catalog, _ = read(url, family=family, tag=tag)
+    catalog, _ = reading.catalog(url)
     node = find(dict(catalog.state), path)
     if out.mode == "json":
         out.json({"url": catalog.url, "path": path, "state": encode(node)})

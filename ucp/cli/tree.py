@@ -10,8 +10,8 @@ import click
 
 from ucp.catalog import Catalog
 from ucp.cli import text
+from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.command import read, reading_options
 from ucp.cli.describe import elements
 from ucp.cli.output import Output
 
@@ -42,12 +42,12 @@ class Node:
 @click.argument("url")
 @click.option("--depth", type=click.IntRange(min=1), help="Levels to show; all by default.")
 @reading_options
-def command(out: Output, url: str, depth: int | None, family: str | None, tag: str | None) -> None:
+def command(out: Output, url: str, depth: int | None, reading: Reading) -> None:
     """Show tensors as a tree of their dotted names.
 
     With counts, and bytes of all states. Reads metadata only.
     """
-    catalog, _ = read(url, family=family, tag=tag)
+    catalog, _ = reading.catalog(url)
     root = grow(catalog)
     limit = depth or 1_000_000
     if out.mode == "json":

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ucp.cli import text
+from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.command import read, reading_options
 from ucp.cli.output import Output
 from ucp.cli.progress import shown
 from ucp.errors import ContentError, UsageError
@@ -47,26 +47,25 @@ def command(
     against: str | None,
     training_state: bool,
     workers: int | None,
-    family: str | None,
-    tag: str | None,
+    reading: Reading,
 ) -> None:
     """Check that a checkpoint is whole, or equals another.
 
     Lists what is wrong, and leaves with exit code 6 then. Without options, metadata and the sizes of objects are
-    checked. --against compares step, tensors, states, hyper-parameters and every byte; --family and --tag are for the
-    first URL alone. NaN and infinite elements are reported and are no fault.
+    checked. --against compares step, tensors, states, hyper-parameters and every byte; --family, --tag
+    and -o are for the first URL alone. NaN and infinite elements are reported and are no fault.
     """
     from ucp.run.verify import verify
 
     if training_state and against is None:
         raise UsageError("--training-state needs --against", hint="`ucp verify --help` shows what is possible")
-    side = read(url, family=family, tag=tag)
+    side = reading.catalog(url)
     with shown(out, "verifying") as show:
         verdict = verify(*side, deep=deep, workers=workers, on_progress=show)
     if against is not None:
         from ucp.run.compare import compare
 
-        other = read(against, family=None, tag=None)
+        other = Reading().catalog(against)
         with shown(out, "comparing") as show:
             verdict.take(compare(side, other, training_state=training_state, workers=workers, on_progress=show))
     if out.mode == "json":
