@@ -10,6 +10,7 @@ from ucp.store import Store
 from ucp.tree import Tree
 
 from . import nodes
+from .around import read_around
 from .carried import carried_state
 from .checks import check
 from .files import locate
@@ -19,6 +20,7 @@ from .naming import candidates_of
 from .pipeline import layer_entries, local_entries, merge_stages
 from .same import Comparison
 from .stage0 import read_plain_optimizers
+from .steps import step_notes
 from .weights import Weights, buffer_names, read_weights
 from .zero import read_optimizer
 
@@ -33,10 +35,17 @@ def read_catalog(store: Store, *, tag: str | None, frozen: Sequence[str]) -> Cat
     stages = _optimizers(store, save, comparison, frozen)
     found, own = merge_stages(store, list(stages.values()))
     weights = read_weights(save, _module(save, found), found.shapes, comparison)
+    gathered = {name: shape for name, shape in found.shapes.items() if name not in weights.copies}
+    around = read_around(store, save.folder, gathered if save.stage == 3 else {})
+    weights.copies.update(around.copies)
     tensors, fragments = _tensors(found, weights)
     state = carried_state(save, stages, weights, comparison)
     if own:
         state["pipeline_copies"] = own
+    if around.state:
+        state["around"] = around.state
+    files = (*save.files, *around.files)
+    entries = [*(file.entry for file in files), *around.entries]
     return Catalog(
         url=store.url,
         source=_source(save, found, weights),
@@ -47,9 +56,9 @@ def read_catalog(store: Store, *, tag: str | None, frozen: Sequence[str]) -> Cat
         ties=weights.ties,
         param_groups=tuple(found.groups),
         state=state,
-        checksums=save.checksums,
-        objects=save.objects,
-        notes=(*found.notes, *weights.notes, *_step_note(save, found)),
+        checksums=tuple(checksum for file in files for checksum in file.checksums),
+        objects={entry.path: (entry.size, entry.fingerprint) for entry in entries},
+        notes=(*found.notes, *weights.notes, *around.notes, *step_notes(save, found)),
         options={name: value for name, value in (("tag", tag), ("frozen", tuple(frozen))) if value},
     )
 
@@ -145,18 +154,3 @@ def _wrapper(save: Save) -> str | None:
 def _step(save: Save) -> int | None:
     steps = save.model(0).root.get("global_steps")
     return None if steps is None else nodes.integer(steps, f"{save.model(0).path}: global_steps")
-
-
-def _step_note(save: Save, found: Found) -> list[str]:
-    """A remark where the optimizer stands at another step than the engine counted."""
-    steps = {scalars["step"].value for scalars in found.scalars.values() if "step" in scalars}
-    root = save.model(0).root
-    counted = root.get("global_steps")
-    if not steps or not nodes.is_number(counted):
-        return []
-    skipped = root.get("skipped_steps")
-    expected = counted - (skipped if nodes.is_number(skipped) else 0)
-    # FusedAdam counts in the first parameter of a group alone (deepspeed/ops/adam/fused_adam.py).
-    if max(steps) == expected:
-        return []
-    return [f"the optimizer counted {max(steps):g} steps, the engine {counted} of which {skipped or 0} skipped"]

@@ -13,10 +13,9 @@ from ucp.store import Store
 from ucp.tree import Tree
 
 from . import nodes
-from .load import LEFTOVER_HINT, MISSING_HINT, RankFile, Save, spread_experts, zero_stage
+from .load import LEFTOVER_HINT, MISSING_HINT, MIXED_HINT, RankFile, Save, spread_experts, zero_stage
 from .same import plain_equal
 
-_MIXED_HINT = "these files are of different saves; copy the whole tag folder again, or use another checkpoint"
 _EVERY_MODEL = ("global_steps", "global_samples", "skipped_steps", "ds_version", "dp_world_size", "mp_world_size")
 
 
@@ -118,7 +117,7 @@ def _check_partition_count(file: RankFile, dp: int) -> None:
         if count != dp:
             raise ConflictError(
                 f"{file.path}: partitioned over {count} ranks, but the model was saved by {dp} data-parallel ranks",
-                hint=_MIXED_HINT,
+                hint=MIXED_HINT,
             )
 
 
@@ -138,4 +137,4 @@ def _agree(files: Iterable[RankFile], entries: Mapping[str, Callable[[RankFile],
 def _mixed(what: str, values: Mapping[str, Tree]) -> ConflictError:
     (one, a), (other, b) = values.items()
     said = f" ({a} and {b})" if all(isinstance(v, int | float | str) for v in (a, b)) else ""
-    return ConflictError(f"{one} and {other} differ in {what}{said}", hint=_MIXED_HINT)
+    return ConflictError(f"{one} and {other} differ in {what}{said}", hint=MIXED_HINT)

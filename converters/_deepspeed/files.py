@@ -166,6 +166,11 @@ def _latest(store: Store) -> str:
     return tag
 
 
+def latest_tag(store: Store, names: Iterable[str]) -> str | None:
+    """The tag in ``latest`` of a save root that holds `names`; None if there is none."""
+    return _latest(store) if "latest" in names else None
+
+
 def _latest_is_ours(store: Store) -> bool:
     """Whether ``latest`` names a tag folder of ours, or one that is missing (which `locate` explains)."""
     names = store.children(_latest(store))

@@ -13,6 +13,7 @@ from ucp.plan import Extent, Fragment, TensorSpec
 from ucp.tree import Tree
 
 from . import nodes
+from .load import MIXED_HINT
 from .same import Comparison
 
 
@@ -116,7 +117,7 @@ def _common_scalar(key: str, values: Sequence[Tree], comparison: Comparison, whe
         steps = " and ".join(sorted({str(scalar.value) for scalar in scalars if scalar}))
         raise ConflictError(
             f"{where}: ranks stand at different steps ({steps})",
-            hint="these files are of different saves; copy the whole tag folder again, or use another checkpoint",
+            hint=MIXED_HINT,
         )
     return None
 

@@ -20,6 +20,7 @@ from . import nodes
 from .files import Folder
 
 MISSING_HINT = "every rank writes its own file; copy the whole tag folder, or use an earlier checkpoint"
+MIXED_HINT = "these files are of different saves; copy the whole tag folder again, or use another checkpoint"
 LEFTOVER_HINT = "two saves wrote into one folder; remove the files of the older one"
 
 
@@ -56,11 +57,6 @@ class Save:
     def checksums(self) -> tuple[Checksum, ...]:
         """Everything the files let us verify."""
         return tuple(checksum for file in self.files for checksum in file.checksums)
-
-    @property
-    def objects(self) -> dict[str, tuple[int, str]]:
-        """Size and fingerprint of every file."""
-        return {file.entry.path: (file.entry.size, file.entry.fingerprint) for file in self.files}
 
     def ranks(self, mp: int) -> list[RankFile]:
         """Optimizer files of one model-parallel rank, in order of dp."""

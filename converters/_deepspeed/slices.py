@@ -15,7 +15,7 @@ from ucp.tree import Tree
 
 from . import nodes
 from .flat import FlatGroup
-from .load import RankFile
+from .load import MIXED_HINT, RankFile
 
 _ROUND_ROBIN = (
     "round_robin_gradients: param_slice_mappings is wrong in this checkpoint, as DeepSpeed writes it; "
@@ -50,7 +50,7 @@ def _agrees(group: FlatGroup, rank: int, slices: Mapping[str, Tree], where: str)
     if strangers:
         raise CorruptError(
             f"{where}: names {strangers[0]}, which is not in the group's param_shapes",
-            hint="these files are of different saves; copy the whole tag folder again, or use another checkpoint",
+            hint=MIXED_HINT,
         )
     return {name: nodes.address(node, where) for name, node in slices.items()} == _expected(group, rank)
 

@@ -18,8 +18,8 @@ from ucp.tree import Tree
 from . import nodes
 from .flat import FlatGroup, flat_group, partitioned_group
 from .found import Found, Layout, place, place_group
-from .load import RankFile, Save
-from .same import Comparison
+from .load import MIXED_HINT, RankFile, Save
+from .same import Comparison, plain_equal
 from .slices import check_slices, shapes_of_slices
 
 # What the layout itself says; everything else in an optimizer file is carried.
@@ -62,7 +62,9 @@ def read_optimizer(save: Save, mp: int, comparison: Comparison, module: Mapping[
             [g for g in layouts if isinstance(g, FlatGroup)], inner, files, _round_robin(save, mp)
         )
     for rank, (file, tree) in enumerate(zip(files, inner, strict=True)):
-        found.rest[rank] = _rest(file, tree, left[rank])
+        found.rest[rank] = _rest(file, tree, left[rank], save.model(mp).root)
+    if isinstance(_base(inner[0]), list):
+        found.notes.append("elastic_checkpoint saves no hyper-parameters: the optimizer's groups have none here")
     return found
 
 
@@ -93,7 +95,7 @@ def _shapes(
     if len(shapes) != count:
         raise CorruptError(
             f"{where}: {len(shapes)} groups, but {files[0].path} holds {count}",
-            hint="these files are of different saves; copy the whole tag folder again, or use another checkpoint",
+            hint=MIXED_HINT,
         )
     names = [name for group in shapes for name in group]
     if len(set(names)) != len(names):
@@ -206,8 +208,10 @@ def _round_robin(save: Save, mp: int) -> bool:
     return bool(zero.get("round_robin_gradients")) if isinstance(zero, Mapping) else False
 
 
-def _rest(file: RankFile, tree: Mapping[str, Tree], left: Mapping[int, Mapping[str, Tree]]) -> dict[str, Tree]:
-    """Everything of a rank's file that has no place: the wrapper's own entries, then what is beside it."""
+def _rest(
+    file: RankFile, tree: Mapping[str, Tree], left: Mapping[int, Mapping[str, Tree]], model: Mapping[str, Tree]
+) -> dict[str, Tree]:
+    """Everything of a rank's file that has no place and is not in the model file: the wrapper's entries, and others."""
     rest = {str(key): value for key, value in tree.items() if key not in _CONSUMED}
     base = _base(tree)
     extra = {k: v for k, v in base.items() if k not in ("state", "param_groups")} if isinstance(base, Mapping) else {}
@@ -215,7 +219,8 @@ def _rest(file: RankFile, tree: Mapping[str, Tree], left: Mapping[int, Mapping[s
         rest["base_optimizer"] = extra
     if left:
         rest["state"] = {index: dict(states) for index, states in left.items()}
-    beside = {k: v for k, v in file.root.items() if k not in ("optimizer_state_dict", "ds_config", "ds_version")}
+    told = {key for key in ("ds_config", "ds_version") if plain_equal(file.root.get(key), model.get(key))}
+    beside = {k: v for k, v in file.root.items() if k != "optimizer_state_dict" and k not in told}
     if beside:
         rest["file"] = beside
     return rest
