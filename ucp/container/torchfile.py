@@ -15,7 +15,7 @@ from ucp.container.machine import Machine
 from ucp.container.tensors import storage_dtype, storage_itemsize, storage_leaf
 from ucp.container.unpickle import unpickle
 from ucp.container.window import Window
-from ucp.container.zipdir import LOCAL_SIGNATURE, ZipDirectory, ZipEntry, data_offset, read_directory
+from ucp.container.zipdir import LOCAL_SIGNATURE, ZipDirectory, ZipEntry, data_offset, read_directory, require_stored
 from ucp.errors import CorruptError, FitError
 from ucp.store import Entry, Store
 from ucp.tree import Tree
@@ -69,6 +69,7 @@ class _Archive:
         self.directory = read_directory(window)
         self.ends = self.directory.ends()
         self.prefix = _prefix(self.directory, window.where)
+        require_stored(self.directory, where=window.where)
         self._keep_small_records()
         self.alignment = self._alignment()
         self._storages: dict[str, tuple[int, int]] = {}

@@ -1,7 +1,7 @@
 """The directory of a zip file, read with few small reads (PKWARE APPNOTE.TXT, sections 4.3 and 4.5).
 
-Only what torch.save writes is let through (caffe2/serialize/inline_container.cc): stored entries, each in its own bytes
-of the file, and a directory without comment at the very end.
+Only what torch.save writes is let through (caffe2/serialize/inline_container.cc): entries that each have bytes of their
+own, and a directory without comment at the very end.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ _AGAIN = "get the file again from where it was written"
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """One stored file of a zip: `header` is the byte of its local header, `flags` its general purpose bits."""
+    """One file of a zip: `header` is the byte of its local header, `flags` its general purpose bits.
+
+    `size` are its bytes in the zip, as they are if `method` is 0.
+    """
 
     name: str
     header: int
     size: int
     crc32: int
     flags: int
+    method: int
 
     @property
     def raw_name(self) -> bytes:
@@ -62,7 +66,7 @@ class ZipDirectory:
 
 
 def read_directory(window: Window) -> ZipDirectory:
-    """The directory of a zip file. CorruptError for a truncated or contradictory one, FitError for other zips."""
+    """The directory of a zip file. CorruptError for a truncated or contradictory one."""
     count, offset, length, end = _read_end(window)
     if offset + length != end or length > min(window.size, _MOST_DIRECTORY_BYTES) or count * _ENTRY.size > length:
         raise CorruptError(f"{window.where}: the zip directory is not where the file says", hint=_AGAIN)
@@ -76,6 +80,18 @@ def read_directory(window: Window) -> ZipDirectory:
         if entry.header + LOCAL.size + len(entry.raw_name) + entry.size > stop:
             raise CorruptError(f"{window.where}: zip entry {name!r} overlaps the next one", hint=_AGAIN)
     return directory
+
+
+def require_stored(directory: ZipDirectory, *, where: str) -> None:
+    """FitError for entries whose bytes are not in the file as they are."""
+    for name, entry in directory.entries.items():
+        if entry.flags & 0x2041:
+            raise FitError(f"{where}: zip entry {name!r} is encrypted", hint="decrypt the file first")
+        if entry.method:
+            raise FitError(
+                f"{where}: zip entry {name!r} is compressed, which torch.save never does",
+                hint="write the file again with torch.save",
+            )
 
 
 def data_offset(window: Window, entry: ZipEntry, stop: int, *, alignment: int) -> int:
@@ -155,16 +171,9 @@ def _parse(window: Window, raw: bytes, count: int) -> Iterator[ZipEntry]:
 def _entry(window: Window, name: str, fields: tuple[int, ...], extra: bytes) -> ZipEntry:
     flags, method, crc, stored, size, header = fields[3], fields[4], fields[7], fields[8], fields[9], fields[16]
     size, stored, header = _widen(window, name, extra, (size, stored, header))
-    if flags & 0x2041:
-        raise FitError(f"{window.where}: zip entry {name!r} is encrypted", hint="decrypt the file first")
-    if method:
-        raise FitError(
-            f"{window.where}: zip entry {name!r} is compressed, which torch.save never does",
-            hint="unpack this file first, or write it again with torch.save",
-        )
-    if stored != size or fields[13]:
+    if fields[13] or (stored != size and not method):
         raise CorruptError(f"{window.where}: zip entry {name!r} contradicts itself", hint=_AGAIN)
-    return ZipEntry(name, header, size, crc, flags)
+    return ZipEntry(name, header, stored, crc, flags, method)
 
 
 def _widen(window: Window, name: str, extra: bytes, values: tuple[int, int, int]) -> tuple[int, int, int]:
