@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ucp.catalog import Catalog, ParamGroup, Source
 from ucp.converter import Target
 from ucp.errors import CorruptError, UsageError
 from ucp.format import parse
+from ucp.format.leaves import LeafReader
 from ucp.format.native_manifest import FAMILY, ROOT, NativeManifest, loads
 from ucp.format.state import Decoder
-from ucp.format.target import leaf_bytes
 from ucp.plan import Key
 from ucp.store import Store
 
@@ -37,7 +36,8 @@ class NativeConverter:
             raise UsageError(f"a native checkpoint is read without options, not {' '.join(sorted(options))}")
         where = f"{store.url}/{ROOT}"
         manifest = loads(store.read(ROOT), where=where)
-        decoder = Decoder(manifest.table(where=where), partial(leaf_bytes, store))
+        checksums = tuple(manifest.checksums())
+        decoder = Decoder(manifest.table(where=where), LeafReader(store, checksums))
         specs = {Key(tensor.name, state): spec for tensor in manifest.tensors for state, spec in tensor.states.items()}
         return Catalog(
             url=store.url,
@@ -50,7 +50,7 @@ class NativeConverter:
             ties=manifest.ties,
             param_groups=tuple(_group(doc, decoder, where) for doc in manifest.groups),
             state={name: decoder.decode(value, where=name) for name, value in manifest.state.items()},
-            checksums=tuple(manifest.checksums()),
+            checksums=checksums,
             objects=_objects(store, manifest),
         )
 
