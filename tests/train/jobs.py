@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ucp
-from tests.support.model import batch, build_model, param_groups
+from tests.support.model import batch, build_model, local_batch, param_groups
 from tests.train.handmade import Counting
 from ucp.checkpoint import Checkpoint
 
@@ -209,3 +209,61 @@ def columns_of_a_large_matrix(rank: int, world: int, source: Checkpoint) -> tupl
     target = distribute_tensor(torch.zeros_like(truth), mesh, (Shard(1),))
     ucp.load({"w": target}, ckpt, verify=False)
     return store.bytes_read, target.to_local().nbytes, torch.equal(target.full_tensor(), truth)
+
+
+def go_on_from_deepspeed(rank: int, world: int, url: str, case: Any, layout: str, first: int) -> dict[str, Any]:
+    """Resume a DeepSpeed job under torch alone, from its own folder: state after loading, losses, bytes read."""
+    torch.manual_seed(100 + rank)
+    model: nn.Module = build_model(seed=99, tied=case.tied, frozen=case.frozen, unused=case.unused)
+    if layout != "plain":
+        model = shard(model, layout, world)
+    groups = param_groups(model, groups=case.groups)
+    if case.optimizer == "sgd":
+        groups = [{key: value for key, value in group.items() if key != "betas"} for group in groups]
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[case.optimizer]
+    optimizer = kind([{**group, "lr": 9.0, "weight_decay": 9.0} for group in groups])
+    if case.optimizer == "sgd":
+        optimizer.param_groups[0]["momentum"] = 0.5
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + 0.1 * step))
+    ckpt, store = _open(url)
+    report = ucp.load({"model": model, "optimizer": optimizer, "lr_scheduler": schedule}, ckpt, verify=False)
+    named = dict(model.named_parameters())
+    state = {f"param/{name}": whole(parameter) for name, parameter in named.items()}
+    for name, parameter in named.items():
+        state |= {f"{key}/{name}": whole(value) for key, value in optimizer.state.get(parameter, {}).items()}
+    tensors = [*named.values(), model.drift, model.calls]
+    tensors += [v for held in optimizer.state.values() for k, v in held.items() if k != "step"]
+    return {
+        "state": {key: value.numpy() for key, value in state.items()},
+        "buffers": {"drift": model.drift.numpy().copy(), "calls": model.calls.numpy().copy()},
+        "bytes": (report.bytes_read, store.bytes_read, local_bytes(tensors)),
+        "hyper": [(group["lr"], group["weight_decay"], group["initial_lr"]) for group in optimizer.param_groups],
+        "losses": [_clipped_step(model, optimizer, schedule, step, rank, world) for step in range(first, first + 3)],
+    }
+
+
+def _clipped_step(model: Any, optimizer: Any, schedule: Any, step: int, rank: int, world: int) -> float:
+    tokens, labels = local_batch(step, rank=rank, world=world)
+    loss = model(tokens, labels)
+    loss.backward()
+    if not isinstance(model, FSDPModule):
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= world
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    mean = loss.detach().double().clone()
+    torch.distributed.all_reduce(mean)
+    return mean.item() / world
+
+
+def bfloat16_from_deepspeed(rank: int, world: int, url: str, case: Any) -> dict[str, Any]:
+    """The working copy that a bf16 job computes with, made from the fp32 masters."""
+    model = shard(
+        build_model(seed=99, tied=case.tied, frozen=case.frozen, unused=case.unused).bfloat16(), "fsdp", world
+    )
+    ucp.load(model, url)
+    return {name: whole(parameter).view(torch.int16).numpy() for name, parameter in model.named_parameters()}

@@ -51,7 +51,9 @@ def plan_options(
         elif not isinstance(first, Opaque | TensorLeaf):
             options[key] = _as_kept(group.get(key), first)
     kept = sorted(set(group) - _OWN - _SET_BY_SCHEDULERS - options.keys())
-    if kept:
+    if "lr" in kept and homes and f"{subject} lr" not in findings.subjects("hyper-parameters"):
+        findings.add("hyper-parameters", f"{subject} lr", "the source has none")
+    elif kept:
         findings.notes.append(f"{subject} keeps its own {', '.join(kept)}: the source has none")
     return options
 

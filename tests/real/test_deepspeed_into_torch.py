@@ -1,0 +1,66 @@
+"""`ucp.load` takes a DeepSpeed folder as it is into torch: FSDP2, HSDP or a plain module, on other numbers of ranks.
+
+State must equal the job's own truth bit for bit, each rank reads just its own bytes, and training goes on with the
+losses of the DeepSpeed run that was never interrupted, up to the order of additions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.case import Case
+from tests.support.cases import CASES
+from tests.support.gloo import spawn
+from tests.train import jobs
+
+DeepSpeedCase = Callable[[Case], Path]
+
+MOVES = [
+    ("z1_fp32_dp2", "plain", 1),
+    ("z1_fp32_dp2", "fsdp", 3),
+    ("z1_fp32_dp3_sgd", "fsdp", 2),
+    ("z2_fp32_dp3_rr", "fsdp", 4),
+    ("z3_fp32_dp4", "hsdp", 4),
+    ("z3_fp32_dp4", "fsdp", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "world"), MOVES, ids=["-".join(map(str, move)) for move in MOVES])
+def test_training_goes_on_under_torch(name: str, layout: str, world: int, deepspeed_case: DeepSpeedCase) -> None:
+    folder = deepspeed_case(CASES[name])
+    truth = load_file(folder / "truth.safetensors")
+    record = json.loads((folder / "case.json").read_text())
+    for result in spawn(
+        jobs.go_on_from_deepspeed, world, str(folder / "ckpt"), CASES[name], layout, record["global_steps"]
+    ):
+        for key, value in truth.items():
+            kind, _, parameter = key.partition("/")
+            if kind == "buffer":
+                assert np.array_equal(result["buffers"][parameter], value.numpy())
+            elif kind != "lowp":
+                got = result["state"][f"param/{parameter}" if kind == "frozen" else key]
+                assert got.dtype == value.numpy().dtype
+                assert np.array_equal(got, value.numpy()), key
+        assert result["hyper"] == [
+            tuple(group["hyper"][key] for key in ("lr", "weight_decay", "initial_lr")) for group in record["groups"]
+        ]
+        assert result["losses"] == pytest.approx(record["losses_after"], rel=1e-5)
+        read, counted, needed = result["bytes"]
+        assert read == counted == needed
+
+
+@pytest.mark.parametrize("name", ["z1_bf16_dp4", "z3_bf16_dp2"])
+def test_masters_round_to_the_working_copy_of_the_job(name: str, deepspeed_case: DeepSpeedCase) -> None:
+    folder = deepspeed_case(CASES[name])
+    truth = load_file(folder / "truth.safetensors")
+    for result in spawn(jobs.bfloat16_from_deepspeed, 3, str(folder / "ckpt"), CASES[name]):
+        for parameter, bits in result.items():
+            key = f"lowp/{parameter}" if f"lowp/{parameter}" in truth else f"frozen/{parameter}"
+            assert np.array_equal(bits, truth[key].to(torch.bfloat16).view(torch.int16).numpy()), key
