@@ -176,6 +176,9 @@ ILL_FORMED: dict[str, bytes] = {
     + b"h\x00h\x01\x85R" * 100_000 + b"l.",
     "growing names": b"\x80\x02c__builtin__\ngetattr\nq\x00capp\nThing\nq\x01"
     + b"h\x00h\x01X\x01\x00\x00\x00a\x86Rq\x010" * 100_000 + b"N.",
+    "long name called often": b"\x80\x02c" + b"a" * (1 << 20) + b"\nb\nq\x00(" + b"h\x00)R" * 100_000 + b"l.",
+    "many arguments unpacked": b"\x80\x02ccopyreg\n__newobj__\nq\x00(capp\nThing\n" + b"N" * (1 << 20) + b"tq\x01("
+    + b"h\x00h\x01R" * 100_000 + b"l.",
     "negative offset": rebuilt(offset=-1) + b".",
     "negative stride": rebuilt(strides=(-1,)) + b".",
     "negative size": rebuilt(shape=(-2,)) + b".",

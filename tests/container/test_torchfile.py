@@ -28,7 +28,12 @@ from ucp.plan import Extent
 from ucp.store import LocalStore, open_store
 from ucp.tree import TensorLeaf, walk
 
-FORMATS = {"zip": {}, "zip, protocol 4": {"pickle_protocol": 4}, "legacy": {"_use_new_zipfile_serialization": False}}
+FORMATS = {
+    "zip": {},
+    "zip, protocol 4": {"pickle_protocol": 4},
+    "zip, protocol 5": {"pickle_protocol": 5},
+    "legacy": {"_use_new_zipfile_serialization": False},
+}
 CORPUS = Path(__file__).parents[2].parent / "shared" / "corpus"
 
 

@@ -23,9 +23,12 @@ from ucp.container.torchfile import read_torch_file, with_bytes
 from ucp.container.torchwrite import Slot, TorchFrame, dumps
 from ucp.container.values import Reference, Size
 from ucp.errors import CorruptError, UsageError
+from ucp.layout import Box, FlatRange
 from ucp.layout.dtypes import ITEMSIZE
-from ucp.plan import Digests, Extent, TensorSpec
-from ucp.store import LocalStore
+from ucp.plan import Cover, Digests, Extent, Fragment, Key, Section, Task, TensorSpec
+from ucp.run.integrity import Ledger, Spans
+from ucp.run.worker import write_object
+from ucp.store import LocalStore, open_store
 from ucp.tree import Opaque, TensorLeaf
 
 
@@ -247,6 +250,33 @@ def test_the_layout_is_that_of_torch(tmp_path: Path) -> None:
             info.CRC,
             info.flag_bits,
         )
+
+
+@pytest.mark.parametrize("url", ["local", "memory://torchwrite"])
+def test_a_task_writes_what_torch_loads(tmp_path: Path, url: str) -> None:
+    """From views in one torch file to storages of their own in another, through the engine."""
+    value = {"t": torch.arange(60.0).view(6, 10).t(), "v": torch.arange(50)[7:40], "h": torch.ones(3).half()}
+    path = save(tmp_path / "x.pt", value)
+    root = read(path).root
+    specs = {name: TensorSpec(leaf.extent.shape, leaf.extent.dtype) for name, leaf in root.items()}
+    frame = TorchFrame.of({name: Slot(i, spec) for i, (name, spec) in enumerate(specs.items())}, block_bytes=64)
+    sections = tuple(
+        Section(offset, FlatRange(0, spec.size), Cover.of(Key(name, "value"), spec, [whole(root[name].extent)]))
+        for offset, (name, spec) in zip(frame.offsets, specs.items(), strict=True)
+    )
+    destination = open_store(str(tmp_path / "out") if url == "local" else url)
+    task = Task("y.pt", frame.size, frame, sections)
+    ledger = Ledger(Spans(read(path).checksums))
+    write_object(LocalStore(str(tmp_path)), destination, task, ledger=ledger, advance=lambda _: None)
+    written = destination.read("y.pt")
+    assert len(written) == frame.size
+    assert zipfile.ZipFile(io.BytesIO(written)).testzip() is None
+    loaded = torch.load(io.BytesIO(written), weights_only=True)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in value.items())
+
+
+def whole(extent: Extent) -> Fragment:
+    return Fragment(Box.whole(extent.shape), extent)
 
 
 def test_paths_are_those_of_the_store(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ucp.container.machine import Machine, PickleTruncatedError
+from ucp.container.cursor import PickleTruncatedError
+from ucp.container.machine import Machine
 from ucp.container.tensors import slice_storage, storage_dtype, storage_itemsize, storage_leaf
 from ucp.container.unpickle import unpickle_at
 from ucp.container.values import Reference
@@ -79,7 +80,7 @@ def _parse_header(window: Window, data: bytes) -> _Header:
     storages: dict[str, tuple[Reference, int]] = {}
 
     def collect(machine: Machine, key: Tree) -> Tree:
-        if isinstance(key, tuple) and len(key) == 3 + 1 and key[0] == "module":
+        if isinstance(key, tuple) and len(key) == 4 and key[0] == "module":
             return key[1]
         kind, name, count, view = _storage_id(machine, key)
         storages.setdefault(name, (kind, count))
@@ -115,7 +116,7 @@ def _place(window: Window, header: _Header) -> dict[str, tuple[int, int]]:
 
 
 def _storage_leaf(machine: Machine, key: Tree, *, path: str, offsets: dict[str, tuple[int, int]]) -> Tree:
-    if isinstance(key, tuple) and len(key) == 3 + 1 and key[0] == "module":
+    if isinstance(key, tuple) and len(key) == 4 and key[0] == "module":
         return key[1]
     kind, name, count, view = _storage_id(machine, key)
     offset, size = offsets[name]

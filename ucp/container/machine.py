@@ -7,20 +7,19 @@ call and persistent id to functions of ours. Time and memory are bounded by the 
 from __future__ import annotations
 
 import struct
-from codecs import escape_decode
 from collections.abc import Callable, Iterable
-from typing import NoReturn
 
+from ucp.container.cursor import Cursor
 from ucp.container.safety import refuse_malicious
 from ucp.container.values import Reference
-from ucp.errors import CorruptError, UcpError
+from ucp.errors import UcpError
 from ucp.tree import Opaque, Tree
 
 _MOST_OPS = 20_000_000
 _STOP = 0x2E
-_MOST_INT_BYTES = 1024
-_MOST_INT_DIGITS = 2400
 _KEY_NODES = 1000
+_MOST_NAME = 1000
+_FREE_ARGUMENTS = 64
 
 Call = Callable[["Machine", tuple[Tree, ...]], Tree]
 Persistent = Callable[["Machine", Tree], Tree]
@@ -42,11 +41,7 @@ _RAW_ERRORS = (
 )
 
 
-class PickleTruncatedError(CorruptError):
-    """The pickle goes on past the end of the bytes given."""
-
-
-class Machine:
+class Machine(Cursor):
     """Runs one pickle that starts at byte `start` of `data`.
 
     `where` names the file in errors. `calls` says, by ``module.name``, what calling a global gives; every other call
@@ -64,19 +59,15 @@ class Machine:
         persistent: Persistent | None = None,
         start: int = 0,
     ) -> None:
-        self.data = data
-        self.position = start
-        self.where = where
+        super().__init__(data, where=where, start=start)
         self.broken: list[tuple[Opaque, str]] = []
         self._calls = calls
         self._builds = builds
         self._persistent = persistent
-        self._stack: list[Tree] = []
         self._marks: list[list[Tree]] = []
         self._memo: dict[int, Tree] = {}
         self._waiting: dict[int, list[int]] = {}
         self._globals: dict[tuple[str, str], Reference] = {}
-        self._budget = 4 * len(data) + (1 << 20)
 
     def run(self) -> Tree:
         """The value the pickle describes; `position` is then one past its end.
@@ -107,16 +98,6 @@ class Machine:
             handler()
         self.fail("too long to be training state")
 
-    def fail(self, problem: str) -> NoReturn:
-        """Raise a CorruptError that names file and position."""
-        raise self._error(problem)
-
-    def spend(self, amount: int) -> None:
-        """Account for `amount` bytes or elements copied, so that a few opcodes cannot multiply without end."""
-        self._budget -= amount
-        if self._budget < 0:
-            self.fail("describes far more data than it holds")
-
     def fault(self, result: Opaque, problem: str) -> Opaque:
         """Note that `result` cannot be what it should be; reported with its place in the tree once that is known."""
         self.broken.append((result, problem))
@@ -126,6 +107,8 @@ class Machine:
         """What ``target(*args, **kwargs)`` gives: our own stand-in's result, or an Opaque that records the call."""
         if not isinstance(target, Reference) or not isinstance(args, tuple):
             self.fail("calls something that is neither class nor function")
+        if len(args) > _FREE_ARGUMENTS:
+            self.spend(len(args))
         known = self._calls.get(target.path)
         if known is not None and not kwargs:
             return known(self, args)
@@ -135,6 +118,8 @@ class Machine:
         """The inert stand-in of a global; UnsafeError if only an attack would name it."""
         found = self._globals.get((module, name))
         if found is None:
+            if len(module) + len(name) > _MOST_NAME:
+                self.fail("a global with a very long name")
             home = _MOVED_MODULES.get(module, module)
             called = _MOVED_NAMES.get(name, name) if module == "__builtin__" else name
             refuse_malicious(home, called, where=self.where)
@@ -162,42 +147,6 @@ class Machine:
                 self.fail("a key is very large")
         if seen > 1:
             self.spend(seen)
-
-    def _error(self, problem: str) -> CorruptError:
-        return CorruptError(
-            f"{self.where}: the pickle in it is damaged or forged: {problem}, at byte {self.position} of it",
-            hint="get the file again from where it was written",
-        )
-
-    def _truncated(self) -> NoReturn:
-        raise PickleTruncatedError(
-            f"{self.where}: the pickle in it is cut short after {len(self.data)} bytes",
-            hint="get the file again from where it was written",
-        )
-
-    def _take(self, count: int) -> bytes:
-        chunk = self.data[self.position : self.position + count]
-        if len(chunk) != count:
-            self._truncated()
-        self.position += count
-        return chunk
-
-    def _number(self, width: int) -> int:
-        return int.from_bytes(self._take(width), "little")
-
-    def _line(self) -> bytes:
-        end = self.data.find(b"\n", self.position)
-        if end < 0:
-            self._truncated()
-        line = self.data[self.position : end]
-        self.position = end + 1
-        return line
-
-    def _digits(self) -> str:
-        line = self._line()
-        if len(line) > _MOST_INT_DIGITS:
-            self.fail("a very large number")
-        return line.decode("ascii")
 
     def _since_mark(self) -> list[Tree]:
         items = self._stack
@@ -255,93 +204,6 @@ class Machine:
 
     def _long_binget(self) -> None:
         self._stack.append(self._memo[self._number(4)])
-
-    # Opcodes: constants.
-
-    def _none(self) -> None:
-        self._stack.append(None)
-
-    def _true(self) -> None:
-        self._stack.append(True)
-
-    def _false(self) -> None:
-        self._stack.append(False)
-
-    def _int(self) -> None:
-        text = self._digits()
-        self._stack.append(text == "01" if text in ("00", "01") else int(text))
-
-    def _long(self) -> None:
-        self._stack.append(int(self._digits().removesuffix("L")))
-
-    def _binint(self) -> None:
-        self._stack.append(int.from_bytes(self._take(4), "little", signed=True))
-
-    def _binint1(self) -> None:
-        self._stack.append(self._number(1))
-
-    def _binint2(self) -> None:
-        self._stack.append(self._number(2))
-
-    def _long_of(self, count: int) -> None:
-        if count > _MOST_INT_BYTES:
-            self.fail("a very large number")
-        self._stack.append(int.from_bytes(self._take(count), "little", signed=True))
-
-    def _long1(self) -> None:
-        self._long_of(self._number(1))
-
-    def _long4(self) -> None:
-        self._long_of(self._number(4))
-
-    def _float(self) -> None:
-        self._stack.append(float(self._digits()))
-
-    def _binfloat(self) -> None:
-        self._stack.append(struct.unpack(">d", self._take(8))[0])
-
-    def _text(self, raw: bytes) -> None:
-        self._stack.append(raw.decode("utf-8", "surrogatepass"))
-
-    def _string2(self, raw: bytes) -> None:
-        """Push a Python 2 string: text if it is UTF-8 as torch.load takes it, else bytes."""
-        try:
-            self._stack.append(raw.decode("utf-8"))
-        except UnicodeDecodeError:
-            self._stack.append(raw)
-
-    def _string(self) -> None:
-        line = self._line()
-        if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"'\"":
-            self.fail("a string without quotes")
-        self._string2(escape_decode(line[1:-1])[0])
-
-    def _binstring(self) -> None:
-        self._string2(self._take(self._number(4)))
-
-    def _short_binstring(self) -> None:
-        self._string2(self._take(self._number(1)))
-
-    def _unicode(self) -> None:
-        self._stack.append(self._line().decode("raw-unicode-escape"))
-
-    def _short_binunicode(self) -> None:
-        self._text(self._take(self._number(1)))
-
-    def _binunicode(self) -> None:
-        self._text(self._take(self._number(4)))
-
-    def _binunicode8(self) -> None:
-        self._text(self._take(self._number(8)))
-
-    def _short_binbytes(self) -> None:
-        self._stack.append(self._take(self._number(1)))
-
-    def _binbytes(self) -> None:
-        self._stack.append(self._take(self._number(4)))
-
-    def _binbytes8(self) -> None:
-        self._stack.append(self._take(self._number(8)))
 
     # Opcodes: containers.
 
@@ -505,7 +367,10 @@ def _set_state(machine: Machine, target: Opaque, state: Tree) -> Tree:
 def _names(machine: Machine, kwargs: Tree) -> dict[str, Tree]:
     if kwargs is None:
         return {}
-    if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+    if not isinstance(kwargs, dict):
+        machine.fail("keyword arguments without names")
+    machine.spend(len(kwargs))
+    if not all(isinstance(name, str) for name in kwargs):
         machine.fail("keyword arguments without names")
     return kwargs
 

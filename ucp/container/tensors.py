@@ -124,9 +124,8 @@ def rebuild_from_data(_: Machine, args: tuple[Tree, ...]) -> Tree:
 def size(machine: Machine, args: tuple[Tree, ...]) -> Tree:
     """``torch.Size(sizes)``."""
     sizes = args[0] if args else ()
-    if not isinstance(sizes, tuple | list) or not all(type(size) is int for size in sizes):
-        machine.fail("a torch.Size that is not made of integers")
-    machine.spend(len(sizes))
+    if not is_shape(tuple(sizes) if isinstance(sizes, list) else sizes):
+        machine.fail("a torch.Size that is not made of sizes")
     return Size(sizes)
 
 

@@ -127,7 +127,6 @@ def _getattr(machine: Machine, args: tuple[Tree, ...]) -> Tree:
             f"{machine.where}: asks for an attribute with builtins.getattr, which could run arbitrary code",
             hint="nothing of it was run. Get the checkpoint again from a source you trust",
         )
-    machine.spend(len(owner.name))
     return machine.reference(owner.module, f"{owner.name}.{name}")
 
 

@@ -21,7 +21,8 @@ _ENTRY = struct.Struct("<4s6H3L5H2L")
 LOCAL = struct.Struct("<4s5H3L2H")
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
-_MOST_DIRECTORY_BYTES = 1 << 30
+_MOST_DIRECTORY_BYTES = 1 << 28
+_MOST_ENTRIES = 1 << 20
 _AGAIN = "get the file again from where it was written"
 
 
@@ -68,7 +69,12 @@ class ZipDirectory:
 def read_directory(window: Window) -> ZipDirectory:
     """The directory of a zip file. CorruptError for a truncated or contradictory one."""
     count, offset, length, end = _read_end(window)
-    if offset + length != end or length > min(window.size, _MOST_DIRECTORY_BYTES) or count * _ENTRY.size > length:
+    if (
+        offset + length != end
+        or length > _MOST_DIRECTORY_BYTES
+        or count * _ENTRY.size > length
+        or count > _MOST_ENTRIES
+    ):
         raise CorruptError(f"{window.where}: the zip directory is not where the file says", hint=_AGAIN)
     entries = sorted(_parse(window, window.bytes_at(offset, length), count), key=lambda entry: entry.header)
     by_name = {entry.name: entry for entry in entries}
