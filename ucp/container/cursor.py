@@ -60,6 +60,12 @@ class Cursor:
         self.position += count
         return chunk
 
+    def _byte(self) -> int:
+        if self.position >= len(self.data):
+            self._truncated()
+        self.position += 1
+        return self.data[self.position - 1]
+
     def _number(self, width: int) -> int:
         return int.from_bytes(self._take(width), "little")
 
@@ -97,7 +103,7 @@ class Cursor:
         self._stack.append(int.from_bytes(self._take(4), "little", signed=True))
 
     def _binint1(self) -> None:
-        self._stack.append(self._number(1))
+        self._stack.append(self._byte())
 
     def _binint2(self) -> None:
         self._stack.append(self._number(2))
@@ -108,7 +114,7 @@ class Cursor:
         self._stack.append(int.from_bytes(self._take(count), "little", signed=True))
 
     def _long1(self) -> None:
-        self._long_of(self._number(1))
+        self._long_of(self._byte())
 
     def _long4(self) -> None:
         self._long_of(self._number(4))
@@ -139,13 +145,13 @@ class Cursor:
         self._string2(self._take(self._number(4)))
 
     def _short_binstring(self) -> None:
-        self._string2(self._take(self._number(1)))
+        self._string2(self._take(self._byte()))
 
     def _unicode(self) -> None:
         self._stack.append(self._line().decode("raw-unicode-escape"))
 
     def _short_binunicode(self) -> None:
-        self._text(self._take(self._number(1)))
+        self._text(self._take(self._byte()))
 
     def _binunicode(self) -> None:
         self._text(self._take(self._number(4)))
@@ -154,7 +160,7 @@ class Cursor:
         self._text(self._take(self._number(8)))
 
     def _short_binbytes(self) -> None:
-        self._stack.append(self._take(self._number(1)))
+        self._stack.append(self._take(self._byte()))
 
     def _binbytes(self) -> None:
         self._stack.append(self._take(self._number(4)))

@@ -156,7 +156,7 @@ class Machine(Cursor):
     # Opcodes: markers, stack and memo.
 
     def _proto(self) -> None:
-        version = self._number(1)
+        version = self._byte()
         if version > 5:
             self.fail(f"protocol {version}")
 
@@ -188,7 +188,7 @@ class Machine(Cursor):
         self._put_at(int(self._digits()))
 
     def _binput(self) -> None:
-        self._put_at(self._number(1))
+        self._put_at(self._byte())
 
     def _long_binput(self) -> None:
         self._put_at(self._number(4))
@@ -200,7 +200,7 @@ class Machine(Cursor):
         self._stack.append(self._memo[int(self._digits())])
 
     def _binget(self) -> None:
-        self._stack.append(self._memo[self._number(1)])
+        self._stack.append(self._memo[self._byte()])
 
     def _long_binget(self) -> None:
         self._stack.append(self._memo[self._number(4)])
