@@ -13,8 +13,6 @@ from ucp.catalog import Checksum
 from ucp.errors import CorruptError
 from ucp.format.manifest import Manifest
 from ucp.format.records import DIGESTS, Array, File
-from ucp.layout import itemsize
-from ucp.plan import BLOCK_BYTES
 from ucp.store import Store
 
 
@@ -60,10 +58,10 @@ class Checksums(Sequence[Checksum]):
 
     def _load(self) -> Iterator[Checksum]:
         data = read_file(self.store, self.manifest.files[DIGESTS])
-        at = 0
+        at, block_bytes = 0, self.manifest.block_bytes
         for array in (array for record in self.manifest.records for array in record.arrays):
             for number in range(array.grid.count):
-                end = at + 4 * array.grid.blocks(number)
+                end = at + 4 * array.grid.blocks(number, block_bytes)
                 yield from self._of_object(array, number, data[at:end])
                 at = end
         if at != len(data):
@@ -73,23 +71,21 @@ class Checksums(Sequence[Checksum]):
 
     def _of_object(self, array: Array, number: int, blocks: bytes) -> Iterator[Checksum]:
         shard, path = array.shards[number], array.object(number)
-        if len(blocks) != 4 * array.grid.blocks(number) or crc32c(blocks) != shard.blocks:
+        if len(blocks) != 4 * array.grid.blocks(number, self.manifest.block_bytes) or crc32c(blocks) != shard.blocks:
             raise CorruptError(f"{self.store.url}/{DIGESTS}: the digests of {path} are not those of the manifest")
         yield Checksum(path, 0, shard.data, "crc32c", shard.header)
         values = struct.unpack(f"<{len(blocks) // 4}I", blocks)
-        spans = _block_spans(array, number, shard.data)
+        spans = _block_spans(array, number, shard.data, self.manifest.block_bytes)
         for (start, stop), value in zip(spans, values, strict=True):
             yield Checksum(path, start, stop - start, "crc32c", value)
-        index = array.grid.index_bytes(number)
+        index = array.grid.index_bytes(number, self.manifest.block_bytes)
         yield Checksum(path, shard.size - index, index, "crc32c", shard.index)
 
 
-def _block_spans(array: Array, number: int, start: int) -> Iterator[tuple[int, int]]:
-    """Absolute byte ranges of the digest blocks of an object: each state's run, cut every BLOCK_BYTES."""
-    width = itemsize(array.grid.dtype)
-    step = BLOCK_BYTES // width * width
+def _block_spans(array: Array, number: int, start: int, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Absolute byte ranges of the digest blocks of an object: each state's run, cut every `block_bytes`."""
     for _ in array.states:
         end = start + array.grid.run_bytes(number)
-        for at in range(start, end, step):
-            yield at, min(at + step, end)
+        for at in range(start, end, block_bytes):
+            yield at, min(at + block_bytes, end)
         start = end

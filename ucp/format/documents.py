@@ -59,7 +59,8 @@ def group_document(attributes: Json) -> Json:
 def array_document(record: Record, array: Array) -> Json:
     """Metadata of the Zarr array that `array` is; its first dim counts states."""
     grid = array.grid
-    names = record.tensor.dims or (None,) * len(grid.shape)
+    dims = record.tensor.dims if array is record.arrays[0] else None
+    names = dims if dims is not None and len(dims) == len(grid.shape) else (None,) * len(grid.shape)
     sharding = {
         "chunk_shape": [1, *grid.chunk],
         "codecs": [_LITTLE],

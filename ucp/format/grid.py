@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from ucp.errors import UsageError
 from ucp.layout import FlatRange, Shape, itemsize, numel
-from ucp.plan import BLOCK_BYTES
 
 CHUNK_BYTES = 4 << 20
 """Size that inner chunks should have."""
@@ -88,9 +87,9 @@ class Grid:
         """Bytes of each state inside object `number`."""
         return self.region(number).length * itemsize(self.dtype)
 
-    def blocks(self, number: int, block_bytes: int = BLOCK_BYTES) -> int:
+    def blocks(self, number: int, block_bytes: int) -> int:
         """Digest blocks of object `number`, all states together."""
-        step = max(1, block_bytes // itemsize(self.dtype))
+        step = block_bytes // itemsize(self.dtype)
         return self.states * -(-self.region(number).length // step)
 
     @property
@@ -99,7 +98,7 @@ class Grid:
         full = (self.rows, *self.shape[1:]) if self.shape else ()
         return self.states * math.prod(n // c for n, c in zip(full, self.chunk, strict=True))
 
-    def index_bytes(self, number: int, block_bytes: int = BLOCK_BYTES) -> int:
+    def index_bytes(self, number: int, block_bytes: int) -> int:
         """Bytes after the data of object `number`: a crc32c per block, the shard index, its crc32c."""
         return 4 * self.blocks(number, block_bytes) + 16 * self.chunks_per_shard + 4
 

@@ -18,10 +18,11 @@ from ucp.format.documents import Json, canonical
 from ucp.format.records import VERSION, Array, File, Record
 from ucp.format.state import Decoder, Encoder
 from ucp.layout import Mesh
+from ucp.plan import BLOCK_BYTES
 
 FAMILY = "universal"
 _MEMBERS = frozenset(
-    "format version id created_by step source tensors ties param_groups notes state files crc32c".split()
+    "format version id created_by step block_bytes source tensors ties param_groups notes state files crc32c".split()
 )
 
 
@@ -46,6 +47,7 @@ class Manifest:
     records: tuple[Record, ...]
     files: Mapping[str, File]
     step: int | None
+    block_bytes: int
     mesh: Mesh
     detail: Mapping[str, Any]
     ties: Mapping[str, str]
@@ -78,7 +80,8 @@ class Manifest:
 def read_manifest(raw: Json, *, where: str) -> Manifest:
     """Check `raw`; FitError for a newer major version, CorruptError for whatever is wrong."""
     parse.check_version(raw, where=where)
-    records = tuple(parse.record(doc, _INERT, where) for doc in parse.items(raw, "tensors", dict, where))
+    block_bytes = parse.block_bytes(raw, where)
+    records = tuple(parse.record(doc, _INERT, block_bytes, where) for doc in parse.items(raw, "tensors", dict, where))
     files = parse.files(raw, where)
     names = [record.tensor.name for record in records]
     parse.check_unique(names, "tensor", where=where)
@@ -92,7 +95,7 @@ def read_manifest(raw: Json, *, where: str) -> Manifest:
     step = None if raw.get("step") is None else parse.natural(raw, "step", where)
     notes = tuple(parse.items(raw, "notes", str, where))
     detail = _INERT.decode(parse.member(source, "detail", dict, where), where=where)
-    return Manifest(raw, records, files, step, _mesh(source, where), detail, ties, notes)
+    return Manifest(raw, records, files, step, block_bytes, _mesh(source, where), detail, ties, notes)
 
 
 def _no_tensor(_: object) -> bytes:
@@ -128,6 +131,7 @@ def make_manifest(
         "format": FAMILY,
         "version": ".".join(map(str, VERSION)),
         "step": catalog.step,
+        "block_bytes": BLOCK_BYTES,
         "source": kept.source if kept.source is not None else _source(catalog.source),
         "tensors": [_tensor(record) for record in records],
         "ties": dict(catalog.ties),

@@ -95,14 +95,14 @@ def dtype(doc: Json, where: str) -> str:
     return found
 
 
-def record(doc: Json, decoder: Decoder, where: str) -> Record:
-    """One tensor of the manifest."""
+def record(doc: Json, decoder: Decoder, block_bytes: int, where: str) -> Record:
+    """One tensor of the manifest, whose data has digests every `block_bytes`."""
     name = text(doc, "name", where)
     where = f"{where}: tensor {name!r}"
     kind = text(doc, "kind", where)
     if kind not in _KINDS:
         raise CorruptError(f"{where}: unknown kind {kind!r}")
-    arrays = tuple(_array(array, where) for array in items(doc, "arrays", dict, where))
+    arrays = tuple(_array(array, block_bytes, where) for array in items(doc, "arrays", dict, where))
     specs = [(state, TensorSpec(a.grid.shape, a.grid.dtype)) for a in arrays for state in a.states]
     if len(dict(specs)) != len(specs):
         raise CorruptError(f"{where}: a state is given twice")
@@ -120,7 +120,7 @@ def _scalar(doc: Json, decoder: Decoder, where: str) -> Scalar:
     return Scalar(value, kind)
 
 
-def _array(doc: Json, where: str) -> Array:
+def _array(doc: Json, block_bytes: int, where: str) -> Array:
     path = text(doc, "path", where)
     where = f"{where}: array {path}"
     if not _ARRAY.fullmatch(path):
@@ -134,7 +134,7 @@ def _array(doc: Json, where: str) -> Array:
     if len(shards) != grid.count:
         raise CorruptError(f"{where}: lists {len(shards)} of {grid.count} objects")
     for number, shard in enumerate(shards):
-        if shard.size != shard.data + grid.states * grid.run_bytes(number) + grid.index_bytes(number):
+        if shard.size != shard.data + grid.states * grid.run_bytes(number) + grid.index_bytes(number, block_bytes):
             raise CorruptError(f"{where}: the sizes of object {number} contradict each other")
     return array
 
@@ -157,6 +157,14 @@ def _divides(chunk: Shape, shape: Shape) -> bool:
         return False
     leading = next((dim for dim, c in enumerate(chunk) if c > 1), len(chunk))
     return chunk[leading + 1 :] == full[leading + 1 :]
+
+
+def block_bytes(doc: Json, where: str) -> int:
+    """Bytes per digest block: a multiple of 16, so that blocks never cut an element."""
+    found = natural(doc, "block_bytes", where)
+    if found < 16 or found % 16:
+        raise CorruptError(f"{where}: digest blocks of {found} bytes")
+    return found
 
 
 def _shard(doc: Json, where: str) -> Shard:

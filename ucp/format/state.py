@@ -200,11 +200,11 @@ class Decoder:
         raise ValueError(f"unknown tag {tag!r}")
 
     def _tensor(self, body: dict[str, Any]) -> TensorLeaf:
-        shape = tuple(int(n) for n in body["shape"])
+        shape = tuple(_size(n) for n in body["shape"])
         extent = Extent.contiguous("", 0, shape, str(body["dtype"]))
         if "data" in body:
             data = base64.b64decode(body["data"], validate=True)
-            if len(data) != extent.nbytes or any(n < 0 for n in shape):
+            if len(data) != extent.nbytes:
                 raise ValueError(f"{len(data)} bytes for shape {list(shape)} of {extent.dtype}")
             return TensorLeaf(extent, numpy=body["numpy"] is True, inline=data)
         blob = self.blobs[body["blob"]]
@@ -238,9 +238,20 @@ def _text(value: Any) -> str:
     return value
 
 
+def _complex(parts: Any) -> complex:
+    real, imag = parts
+    return complex(float(real), float(imag))
+
+
 def _reference(parts: Any) -> Reference:
     module, name = parts
     return Reference(_text(module), _text(name))
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
 
 
 def _list(value: Any) -> list[Any]:
@@ -252,7 +263,7 @@ def _list(value: Any) -> list[Any]:
 _PLAIN: dict[str, Callable[[Any], Tree]] = {
     "$float": float,
     "$int": lambda text: int(text, 16),
-    "$complex": lambda parts: complex(float(parts[0]), float(parts[1])),
+    "$complex": _complex,
     "$reference": _reference,
     "$str": lambda text: base64.b64decode(text, validate=True).decode(errors="surrogatepass"),
 }
