@@ -114,7 +114,8 @@ def inlined(node: Tree, store: Store) -> Tree:
     if isinstance(node, TensorLeaf):
         return replace(node, inline=leaf_bytes(store, node))
     if isinstance(node, dict):
-        return {key: inlined(value, store) for key, value in node.items()}
+        # Through the type, so that an OrderedDict stays one.
+        return type(node)((key, inlined(value, store)) for key, value in node.items())
     if isinstance(node, list | tuple):
         return type(node)(inlined(item, store) for item in node)
     if isinstance(node, Opaque) and not isinstance(node, Reference):

@@ -29,10 +29,14 @@ def finish_load(engine: Any, url: str, *, strict: bool = True) -> None:
       its own for each sub-group: they share one tensor, which torch's optimizers would count up once per sub-group
       (deepspeed/runtime/zero/stage3.py, ``load_hp_checkpoint_state_from_checkpoint_dir_stage3``).
 
+    FitError if the job sets ``round_robin_gradients`` under ZeRO-1 or 2: DeepSpeed has just put the values in the wrong
+    places (see `_check_order`).
+
     Nothing is changed if anything does not fit: NotFoundError for a frozen parameter or buffer that the checkpoint
     lacks (with `strict` off it keeps the value it has), FitError for one of another shape and for optimizer groups cut
     differently. Damaged files raise what `ucp.open` raises.
     """
+    _check_order(engine.optimizer)
     with open_checkpoint(url) as checkpoint:
         unrestored = list(_unrestored(engine, checkpoint, strict=strict))
         options = _zero3_options(engine, checkpoint) if _is_zero3(engine) else []
@@ -46,6 +50,24 @@ def finish_load(engine: Any, url: str, *, strict: bool = True) -> None:
 
 def _is_zero3(engine: Any) -> bool:
     return bool(engine.zero_optimization_partition_weights())
+
+
+def _check_order(optimizer: Any) -> None:
+    """FitError where ZeRO-1 or 2 looks for parameters in another order than they lie in.
+
+    Under ``round_robin_gradients`` parameters are flattened in an order of their own, while the addresses that the
+    universal loader fills count in the plain order, unless parameters are padded one by one
+    (deepspeed/runtime/zero/stage_1_and_2.py, ``_link_all_hp_params``).
+    """
+    flattened = getattr(optimizer, "round_robin_bit16_groups", [])
+    padded = getattr(optimizer, "round_robin_bit16_padding", [()] * len(flattened))
+    for laid, listed, padding in zip(flattened, getattr(optimizer, "bit16_groups", []), padded, strict=False):
+        if not any(padding) and [id(parameter) for parameter in laid] != [id(parameter) for parameter in listed]:
+            raise FitError(
+                "this job sets round_robin_gradients, under which DeepSpeed's universal loader puts values in the "
+                "wrong places: nothing that was loaded can be trusted",
+                hint="set zero_optimization.round_robin_gradients to false in the job that loads",
+            )
 
 
 def _unrestored(engine: Any, checkpoint: Checkpoint, *, strict: bool) -> Iterator[tuple[torch.Tensor, LazyTensor]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from ucp.catalog import Catalog, Scalar
 from ucp.container.values import Size
-from ucp.layout import Shape
 from ucp.plan import Extent
 from ucp.tree import TensorLeaf, Tree
 
@@ -118,14 +119,13 @@ def _shapes(catalog: Catalog, content: Content) -> dict[str, Tree]:
     tensors = catalog.tensors.values()
     return {
         "buffer_names": [tensor.name for tensor in tensors if tensor.kind == "buffer"],
-        "param_shapes": [{name: _size(catalog, name) for name in group.params} for group in content.groups],
-        "frozen_param_shapes": {t.name: _size(catalog, t.name) for t in tensors if t.kind == "frozen"},
+        "param_shapes": [_sizes(catalog, group.params) for group in content.groups],
+        "frozen_param_shapes": _sizes(catalog, [tensor.name for tensor in tensors if tensor.kind == "frozen"]),
         "frozen_param_fragments": None,
         "shared_params": dict(catalog.ties),
         "optimizer": None,
     }
 
 
-def _size(catalog: Catalog, name: str) -> Size:
-    shape: Shape = catalog.tensors[catalog.resolve(name)].states["value"].shape
-    return Size(shape)
+def _sizes(catalog: Catalog, names: Iterable[str]) -> OrderedDict[str, Size]:
+    return OrderedDict((name, Size(catalog.tensors[catalog.resolve(name)].states["value"].shape)) for name in names)

@@ -123,6 +123,12 @@ def _loadable(spec: TensorSpec) -> TensorSpec:
     return spec if spec.shape else replace(spec, shape=(1,))
 
 
+def _round_robin(catalog: Catalog) -> bool:
+    config = catalog.state.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return isinstance(zero, dict) and bool(zero.get("round_robin_gradients"))
+
+
 def _stem(path: str) -> str:
     """What torch.save calls the folder inside the zip."""
     return path.rpartition("/")[2].removesuffix(".pt")
@@ -149,6 +155,11 @@ def _loader_notes(catalog: Catalog, arranged: Content) -> Iterator[str]:
         yield (
             f"a ZeRO-3 job keeps its own {differ} (its loader knows one optimizer group) and counts steps of torch's "
             f"optimizers once per group: {remedy}"
+        )
+    if _round_robin(catalog):
+        yield (
+            "the source sets round_robin_gradients; set it to false in the job that loads, whatever the checkpoint: "
+            "under it DeepSpeed's universal loader puts values in the wrong places"
         )
     if "per_rank" in catalog.state:
         yield "of the training state that differs between ranks, that of rank 0 is carried"

@@ -1,0 +1,222 @@
+"""Stock DeepSpeed resumes from the folders that ucp writes, on other numbers of ranks and under other ZeRO stages.
+
+Each run is a real DeepSpeed job whose model starts from other weights than the source's, so whatever was not loaded
+shows. State after loading must equal the source's bit for bit, and the losses that follow those of the run that was
+never interrupted: bit for bit where the layout is the same, else up to the order in which floating-point numbers are
+added (gradients are summed over ranks, and over other partitions, in another order).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.case import Case
+from tests.support.cases import CASES
+from tests.support.deepspeed_job import read_result
+from tests.support.deepspeed_resume import Resume, Resumed, resume, target
+from ucp.run.convert import convert, prepare
+
+FINISH = "ucp.converters.deepspeed_universal:finish_load"
+# One rounding of the working precision, a few times over: the sums differ in their last bits, then training goes on.
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3, "fp16": 5e-4}
+
+DeepSpeedCases = Callable[[Iterable[Case]], dict[str, Path]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """From a source case to a layout. `exact` says that the losses must be equal bit for bit."""
+
+    source: str
+    stage: int
+    world: int
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    exact: bool = False
+    finish: bool = True
+
+    @property
+    def case(self) -> Case:
+        return target(CASES[self.source], stage=self.stage, world=self.world, **self.changes)
+
+    def __str__(self) -> str:
+        kind = "-bf16opt" if self.changes.get("grad_accum_fp32") else ""
+        plain = "" if self.finish else "-unfinished"
+        return f"{self.source}->z{self.stage}{kind}dp{self.world}{plain}"
+
+
+BF16_OPTIMIZER = {"grad_accum_fp32": True}
+
+# Grouped so that DeepSpeed is imported once for each group.
+MOVES = {
+    "same layout": [
+        Move("z1_fp32_dp2", 1, 2, exact=True),
+        Move("z2_bf16_dp3", 2, 3, exact=True),
+        Move("z3_fp32_dp4", 3, 4, exact=True),
+    ],
+    "other stage": [
+        Move("z1_fp32_dp2", 3, 3),
+        Move("z3_fp32_dp4", 1, 2),
+        Move("z2_fp16_dp2", 3, 2),
+        Move("z2_bf16_dp4_rr", 2, 4),
+        Move("z3_bf16_dp3_subgroup", 1, 2, BF16_OPTIMIZER),
+    ],
+}
+MORE_MOVES = {
+    "from 1": [
+        Move("z1_bf16_dp4", 1, 2),
+        Move("z1_bf16_dp4", 2, 3),
+        Move("z1_bf16_dp4", 3, 2),
+        Move("z1_bf16_dp3_rr", 3, 2),
+        Move("z1_bf16_dp3_rr", 1, 3),
+        Move("z1_fp16_dp3", 2, 2),
+        Move("z1_bf16_dp3_aligned", 2, 2),
+        Move("z1_fp32_dp3_elastic", 1, 2),
+        Move("z1_bf16_dp2_plain", 3, 4),
+    ],
+    "from BF16_Optimizer": [
+        Move("z1_bf16opt_dp2", 1, 2, BF16_OPTIMIZER, exact=True),
+        Move("z1_bf16opt_dp3", 1, 4, BF16_OPTIMIZER),
+        Move("z1_bf16opt_dp3", 3, 2),
+        Move("z1_bf16opt_dp2", 2, 3),
+    ],
+    "from 2": [
+        Move("z2_bf16_dp3", 3, 3),
+        Move("z2_fp32_dp3_rr", 1, 2),
+        Move("z2_fp32_dp3_rr", 3, 4),
+        Move("z2_fp32_dp4_aligned_rr", 2, 3),
+        Move("z2_fp32_dp2_unused", 3, 2),
+        Move("z2_bf16_dp4_rr", 1, 2, BF16_OPTIMIZER),
+    ],
+    "from 3": [
+        Move("z3_bf16_dp2", 2, 3),
+        Move("z3_fp16_dp3", 3, 2),
+        Move("z3_fp16_dp3", 1, 3),
+        Move("z3_bf16_dp3_subgroup", 3, 2),
+        Move("z3_fp32_dp2", 3, 1, finish=False),
+        Move("z3_bf16_dp2_gather16", 2, 2),
+    ],
+    "other optimizers": [
+        Move("z1_fp32_dp3_sgd", 2, 2),
+        Move("z3_fp32_dp3_sgd", 1, 3),
+        Move("z2_bf16_dp2_lion", 1, 3),
+        Move("z3_bf16_dp2_lion", 2, 2),
+        Move("z1_bf16_dp2_fused", 3, 2),
+    ],
+    "from 0": [
+        Move("z0_fp32_dp2", 1, 2),
+        Move("z0_bf16_dp2", 3, 2),
+        Move("z0_fp16_dp3", 2, 3),
+    ],
+}
+
+
+@pytest.mark.parametrize("moves", MOVES.values(), ids=MOVES)
+def test_stock_deepspeed_resumes(moves: list[Move], deepspeed_cases: DeepSpeedCases, tmp_path: Path) -> None:
+    check_moves(moves, deepspeed_cases, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moves", MORE_MOVES.values(), ids=MORE_MOVES)
+def test_stock_deepspeed_resumes_from_everything(
+    moves: list[Move], deepspeed_cases: DeepSpeedCases, tmp_path: Path
+) -> None:
+    check_moves(moves, deepspeed_cases, tmp_path)
+
+
+def check_moves(moves: list[Move], deepspeed_cases: DeepSpeedCases, tmp_path: Path) -> None:
+    folders = deepspeed_cases({move.source: CASES[move.source] for move in moves}.values())
+    written = {source: tmp_path / source for source in folders}
+    for source, root in written.items():
+        convert(prepare(str(folders[source] / "ckpt"), str(root), to="deepspeed-universal"))
+    resumed = resume([request(move, written[move.source]) for move in moves], tmp_path / "resumed")
+    wrong = {str(move): problems(move, folders[move.source], found) for move, found in zip(moves, resumed, strict=True)}
+    assert not {move: found for move, found in wrong.items() if found}
+
+
+def request(move: Move, root: Path) -> Resume:
+    return Resume(
+        case=move.case, root=str(root), first_step=CASES[move.source].steps, finish=FINISH if move.finish else None
+    )
+
+
+def problems(move: Move, folder: Path, found: Resumed) -> list[str]:
+    """Everything in which the resumed job differs from the one that was not interrupted."""
+    record = read_result(folder)
+    wrong = state_problems(move, load_file(str(folder / "truth.safetensors")), found.state())
+    same = ["global_steps", "skipped_steps", "loss_scale", "lrs", "steps", "scheduler"]
+    wrong += [
+        f"{key} {found.record[key]} for {record[key]}" for key in same if found.record.get(key) != record.get(key)
+    ]
+    if move.changes.get("optimizer") is None and hyper(found.record) != hyper(record):
+        wrong.append(f"hyper-parameters {hyper(found.record)} for {hyper(record)}")
+    expected, losses = record["losses_after"], found.losses
+    tolerance = 0.0 if move.exact else TOLERANCE[move.case.dtype]
+    if len(losses) != len(expected) or any(abs(a - b) > tolerance * b for a, b in zip(losses, expected, strict=True)):
+        wrong.append(f"losses {losses} for {expected}")
+    return wrong
+
+
+def state_problems(move: Move, truth: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> list[str]:
+    if not move.finish:
+        truth = {key: value for key, value in truth.items() if not key.startswith(("frozen/", "buffer/"))}
+    wrong = [f"{key} is missing" for key in truth if key not in state]
+    return wrong + [f"{key} differs" for key in truth if key in state and not torch.equal(truth[key], state[key])]
+
+
+def hyper(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hyper-parameters by parameter name."""
+    return sorted(({"names": sorted(g["names"]), **g["hyper"]} for g in record["groups"]), key=lambda g: g["names"])
+
+
+def test_round_robin_jobs_are_refused(deepspeed_cases: DeepSpeedCases, tmp_path: Path) -> None:
+    """DeepSpeed loads wrong values into such a job without a word; `finish_load` says so."""
+    case = CASES["z2_fp32_dp3_rr"]
+    folder = deepspeed_cases([case])[case.name]
+    conversion = prepare(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal")
+    convert(conversion)
+    assert any("round_robin_gradients" in note for note in conversion.target.notes)
+    asked = request(Move(case.name, 2, 3, {"round_robin": True}), tmp_path / "out")
+    with pytest.raises(RuntimeError, match="FitError: this job sets round_robin_gradients"):
+        resume([asked], tmp_path / "refused")
+
+
+def test_the_client_state_comes_back(deepspeed_cases: DeepSpeedCases, tmp_path: Path) -> None:
+    """What stock DeepSpeed hands back from the universal folder is what it hands back from its own checkpoint."""
+    case = CASES["z1_fp32_dp2"]
+    folder = deepspeed_cases([case])[case.name]
+    convert(prepare(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal"))
+    native = Resume(case=target(case), root=str(folder / "ckpt"), universal=False, first_step=case.steps, steps=1)
+    ours = dataclasses.replace(native, root=str(tmp_path / "out"), universal=True, finish=FINISH)
+    expected, found = (run.record["client_state"] for run in resume([native, ours], tmp_path / "resumed"))
+    assert "random_states" in expected
+    # ZeRO-1 says nothing of the shapes of frozen parameters; a universal folder does.
+    assert "adapter.weight" in found.pop("frozen_param_shapes")
+    assert expected.pop("frozen_param_shapes") == "None"
+    assert found == expected
+
+
+def test_an_interrupted_conversion_does_not_load(deepspeed_cases: DeepSpeedCases, tmp_path: Path) -> None:
+    """With any part of the writes, in their order, DeepSpeed refuses, with and without the tag."""
+    from tests.converters.deepspeed_universal import half_written
+
+    case = CASES["z3_fp32_dp2"]
+    folder = deepspeed_cases([case])[case.name]
+    conversion = prepare(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal")
+    convert(conversion)
+    small = [path for path, _ in conversion.target.finish({})]
+    order = [task.object for task in conversion.plan.tasks] + small
+    assert order[-1] == "latest_universal"
+    for stage, needed in ((1, "mp_rank_00_model_states.pt"), (3, "zero_pp_rank_0_mp_rank_00_model_states.pt")):
+        partial = tmp_path / f"partial-{stage}"
+        loaded = half_written.run(target(case, stage=stage, world=1), tmp_path / "out", partial, order)
+        by_tag = next(i for i, path in enumerate(order) if path.endswith(f"/{needed}"))
+        assert loaded == {"tag": list(range(by_tag + 1, len(order) + 1)), "latest": [len(order)]}
+        shutil.rmtree(partial)
