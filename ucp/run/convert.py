@@ -72,8 +72,8 @@ def prepare(
 ) -> Conversion:
     """Read the source's metadata and plan its conversion to family `to`, without writing anything.
 
-    `check` compares replicas and low-precision copies with the tensors; `restart` throws away what an earlier, different run left
-    unfinished. `read_options` go to the source's converter, `options` to the target's. Raises what reading raises;
+    `check` compares replicas and low-precision copies with the tensors; `restart` throws away what an earlier,
+    different run left unfinished. `read_options` go to the source's converter, `options` to the target's. Raises what reading raises;
     UsageError if the destination is the source or holds something else.
     """
     catalog, source_store = read_catalog(source, family=family, **(read_options or {}))
@@ -179,13 +179,17 @@ def _commit(conversion: Conversion, done: Mapping[str, Done]) -> int:
     """Put the small objects, the root last; returns their bytes."""
     destination = conversion.destination
     record = {"fingerprint": conversion.fingerprint, "source": conversion.source.url, "to": conversion.to}
-    destination.put(RECORD, json.dumps(record, indent=1).encode())
+    destination.put(RECORD, json.dumps(record, indent=1).encode(), durable=False)
     digests = {name: finished.digests for name, finished in done.items()}
-    written, last = 0, ""
+    root, put, written = conversion.target.root, [RECORD], 0
     for path, data in conversion.target.finish(digests):
-        destination.put(path, data)
-        written, last = written + len(data), path
-    assert last == conversion.target.root, f"{conversion.to} did not put its root last"
+        assert put[-1] != root, f"{conversion.to} put {path} after its root"
+        if path == root:
+            destination.flush(put)
+        destination.put(path, data, durable=path == root)
+        put.append(path)
+        written += len(data)
+    assert put[-1] == root, f"{conversion.to} did not put its root"
     return written
 
 

@@ -45,7 +45,7 @@ class Journal:
     def __init__(self, store: Store, fingerprint: str) -> None:
         self.store = store
         self.fingerprint = fingerprint
-        self._pending: list[str] = []
+        self._pending: list[Done] = []
         self._lock = threading.Lock()
         self._part = 0
 
@@ -73,15 +73,17 @@ class Journal:
         return done
 
     def add(self, done: Done) -> None:
-        """Note a finished object; `flush` makes the note durable."""
+        """Note a finished object; `flush` makes it and the note durable."""
         with self._lock:
-            self._pending.append(done.line())
+            self._pending.append(done)
 
     def flush(self) -> None:
-        """Write the notes since the last flush."""
+        """Make the objects noted since the last flush durable, then their notes."""
         with self._lock:
-            lines, self._pending = self._pending, []
-        if lines:
+            pending, self._pending = self._pending, []
+        if pending:
+            self.store.flush([done.object for done in pending])
+            lines = [done.line() for done in pending]
             self.store.put(f"{FOLDER}{self._part:06d}.jsonl", "\n".join(lines).encode())
             self._part += 1
 

@@ -7,7 +7,7 @@ append or directories, so that object stores can implement it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -36,7 +36,7 @@ class Writer(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Make the object durable and readable; StorageError if that fails."""
+        """Make the object readable; StorageError if that fails. `Store.flush` makes it durable."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -80,8 +80,11 @@ class Store(ABC):
         """Start writing an object of `size` bytes, replacing any there."""
 
     @abstractmethod
-    def put(self, path: str, data: Buffer, *, if_absent: bool = False) -> None:
-        """Write a small object atomically and durably. With `if_absent`, ConflictError if it already exists."""
+    def put(self, path: str, data: Buffer, *, if_absent: bool = False, durable: bool = True) -> None:
+        """Write a small object atomically. With `if_absent`, ConflictError if it already exists.
+
+        It survives a power cut when this returns, or, if not `durable`, after the next `flush` of it.
+        """
 
     @abstractmethod
     def delete(self, path: str) -> None:
@@ -106,6 +109,9 @@ class Store(ABC):
     @abstractmethod
     def child(self, path: str) -> Store:
         """The store of a folder inside this one."""
+
+    def flush(self, paths: Sequence[str]) -> None:  # noqa: B027 - in most stores a closed object is durable
+        """Make closed objects durable; StorageError if that fails."""
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

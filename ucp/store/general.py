@@ -77,7 +77,7 @@ class FsspecStore(Store):
             self.fs.makedirs(full.rpartition("/")[0], exist_ok=True)
             return _FsspecWriter(self._name(path), self.fs.open(full, "wb"))
 
-    def put(self, path: str, data: Buffer, *, if_absent: bool = False) -> None:
+    def put(self, path: str, data: Buffer, *, if_absent: bool = False, durable: bool = True) -> None:
         full = self._full(path)
         with translated(self._name(path)), self._lock:
             if if_absent and self.fs.exists(full):
