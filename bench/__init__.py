@@ -1,0 +1,1 @@
+"""Measurements against stock tools and against the machine's own limits; see `bench/README.md`."""
