@@ -51,6 +51,12 @@ def test_errors_in_json(process, tmp_path) -> None:
     assert (error["code"], error["exit_code"]) == ("not-found", 3)
 
 
+def test_without_a_command_there_is_help(process) -> None:
+    done = process()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: ucp ")
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["info"], ["info", "a", "b"], ["ls", "x", "--sort", "colour"]])
 def test_usage_errors(process, arguments) -> None:
     done = process(*arguments)
@@ -230,5 +236,6 @@ def test_words_for_numbers() -> None:
     assert [amount(n) for n in (12_345, 46_700_000_000)] == ["12,345", "46.7 B"]
     assert [duration(s) for s in (4.21, 158, 3900)] == ["4.2 s", "2m38s", "1h05m"]
     assert sorted(["l.10", "l.9", "l"], key=natural) == ["l", "l.9", "l.10"]
-    assert printable("a\x00\x9bb") == "a\\x00\\x9bb"
+    assert printable("a\x00\x9b\nb") == "a\\x00\\x9b\\nb"
+    assert printable("a\nb\tc", keep="\n") == "a\nb\\tc"
     assert jsonable({"a": (float("nan"), float("-inf"), 1.5)}) == {"a": ["nan", "-inf", 1.5]}

@@ -61,20 +61,23 @@ def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @click.group(
     cls=Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    no_args_is_help=True,
+    invoke_without_command=True,
     epilog="Exit codes: 0 ok, 1 internal error, 2 usage, 3 not found, 4 program invalid, 5 does not fit, 6 content "
     "differs or is damaged, 7 storage failed (run again to resume), 130 interrupted (run again to resume).",
 )
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Print the version."
 )
-def program() -> None:
+@click.pass_context
+def program(ctx: click.Context) -> None:
     """Look into, check and convert distributed-training checkpoints, whatever layout wrote them.
 
     A checkpoint is named by a local path or a URL; its family is detected. Data goes to standard output, progress and
     hints to standard error. Every option can be given as an environment variable: UCP_CONVERT_WORKERS is
     --workers of `ucp convert`, and UCP_JSON, UCP_QUIET, UCP_VERBOSE and UCP_NO_PROGRESS hold for all commands.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main() -> None:

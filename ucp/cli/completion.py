@@ -27,4 +27,4 @@ def command(out: Output, shell: str) -> None:
     if out.mode == "json":
         out.json({"shell": shell, "script": script})
     else:
-        out.line(script)
+        click.echo(script)

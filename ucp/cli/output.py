@@ -82,9 +82,9 @@ class Output:
             self.json({"error": {"code": code, "message": message, "hint": hint, "exit_code": exit_code}})
             return
         colour = _has_colour(sys.stderr)
-        _write(sys.stderr, _render([(f"error[{code}]: ", "red"), message], colour=colour))
+        _write(sys.stderr, _render([(f"error[{code}]: ", "red"), message], colour=colour, keep="\n"))
         if hint:
-            _write(sys.stderr, "\n" + _render([("hint: ", "cyan"), hint], colour=colour))
+            _write(sys.stderr, "\n" + _render([("hint: ", "cyan"), hint], colour=colour, keep="\n"))
 
 
 def jsonable(value: Any) -> Any:
@@ -103,9 +103,9 @@ def _aligned(row: Sequence[str], widths: Sequence[int], numbers: Sequence[bool])
     return "  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in cells).rstrip()
 
 
-def _render(spans: Sequence[Span], *, colour: bool) -> str:
+def _render(spans: Sequence[Span], *, colour: bool, keep: str = "") -> str:
     parts = [(span, "") if isinstance(span, str) else span for span in spans]
-    return "".join(_styled(printable(text), style if colour else "") for text, style in parts)
+    return "".join(_styled(printable(text, keep=keep), style if colour else "") for text, style in parts)
 
 
 def _styled(text: str, style: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import click
 
 from ucp import errors
-from ucp.cli.app import COMMANDS, PREFIX, program
+from ucp.cli.app import COMMANDS, program
 from ucp.cli.command import Command
 
 _WIDTH = 100
@@ -34,10 +33,18 @@ only ever added. Numbers that JSON lacks are the strings `nan`, `inf` and `-inf`
 ```
 """
 
+_ENVIRONMENT = """\
+## Environment
+
+`UCP_JSON`, `UCP_QUIET`, `UCP_VERBOSE` and `UCP_NO_PROGRESS`, set to `1`, give the flag of that name to every command. Any
+other option is `UCP_`, the command and the option's long name: `UCP_CONVERT_WORKERS=4` is `--workers 4` of `ucp convert`,
+`UCP_CONVERT_NO_CHECK=1` its `--no-check`. What the command line says comes first.
+"""
+
 
 def reference() -> str:
     """The whole page."""
-    sections = [_HEAD, _exit_codes(), _JSON, _environment(), _help("ucp", program)]
+    sections = [_HEAD, _exit_codes(), _JSON, _ENVIRONMENT, _help("ucp", program)]
     for name in COMMANDS:
         command = program.get_command(click.Context(program), name)
         assert isinstance(command, Command)
@@ -68,23 +75,6 @@ def _exit_codes() -> str:
 
 
 _MEANING = {"internal": "A bug in ucp; please report it."}
-
-
-def _environment() -> str:
-    shared = ("JSON", "QUIET", "VERBOSE", "NO_PROGRESS")
-    rows = [f"| `UCP_{flag}` | `--{flag.lower().replace('_', '-')}` of every command |" for flag in shared]
-    for name in COMMANDS:
-        rows += [f"| `{variable}` | `{option}` of `ucp {name}` |" for variable, option in _variables(name)]
-    return "## Environment\n\n| variable | option |\n|---|---|\n" + "\n".join(rows) + "\n"
-
-
-def _variables(name: str) -> Iterator[tuple[str, str]]:
-    """(variable, option) of each option that a command does not share with all others."""
-    command = program.get_command(click.Context(program), name)
-    assert command is not None
-    for option in command.params:
-        if isinstance(option, click.Option) and option.name and not option.envvar:
-            yield f"{PREFIX}_{name}_{option.name}".upper(), option.opts[-1]
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from ucp.layout import FlatRange, Region
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _COUNTS = (("T", 10**12), ("B", 10**9), ("M", 10**6))
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, keep: str = "") -> str:
     """`text` with control and direction-changing characters spelled out: names come from files, and terminals obey."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else _escaped(c) for c in text)
+    return "".join(c if c in keep or unicodedata.category(c) not in _UNSEEN else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:

@@ -23,7 +23,10 @@ KEYS = {
     "deep": "whether everything was read and checked",
     "training_state": "whether the training state beside the tensors was compared",
     "ok": "whether nothing is wrong; the exit code is then 0, else 6",
-    "findings": "list of what is wrong: `kind`, `where` (tensor, state or object) and `message`",
+    "findings": "list of what is wrong: `where` (tensor, state or object), `message`, and `kind`: `incomplete`, "
+    "`missing-object`, `object-size`; with --deep `checksum`, `low-precision-copy`, `replica`, or the error code of a "
+    "failed read; with --against `step`, `tensor`, `kind`, `state`, `form` (dtype or shape), `scalar`, `option`, "
+    "`data`, `training-state`",
     "bytes_read": "bytes of data read",
     "checksums": "number of digests that were set against the bytes",
     "low_precision_copies": "number of copies that were compared with their tensor",
