@@ -1,4 +1,4 @@
-"""`ucp.load` takes a DeepSpeed folder as it is into torch: FSDP2, HSDP or a plain module, on other numbers of ranks.
+"""`ucp.load` takes a DeepSpeed folder, as it is or converted, into torch: FSDP2, HSDP or plain, on any number of ranks.
 
 State must equal the job's own truth bit for bit, each rank reads just its own bytes, and training goes on with the
 losses of the DeepSpeed run that was never interrupted, up to the order of additions.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,27 +20,32 @@ from tests.support.case import Case
 from tests.support.cases import CASES
 from tests.support.gloo import spawn
 from tests.train import jobs
+from ucp.run.convert import convert, prepare
 
 DeepSpeedCase = Callable[[Case], Path]
 
-MOVES = [
+MOVES: list[tuple[Any, ...]] = [
     ("z1_fp32_dp2", "plain", 1),
     ("z1_fp32_dp2", "fsdp", 3),
     ("z1_fp32_dp3_sgd", "fsdp", 2),
     ("z2_fp32_dp3_rr", "fsdp", 4),
     ("z3_fp32_dp4", "hsdp", 4),
     ("z3_fp32_dp4", "fsdp", 2),
+    ("z3_fp32_dp4", "fsdp", 3, "universal"),
 ]
 
 
-@pytest.mark.parametrize(("name", "layout", "world"), MOVES, ids=["-".join(map(str, move)) for move in MOVES])
-def test_training_goes_on_under_torch(name: str, layout: str, world: int, deepspeed_case: DeepSpeedCase) -> None:
+@pytest.mark.parametrize("move", MOVES, ids=["-".join(map(str, move)) for move in MOVES])
+def test_training_goes_on_under_torch(move: Any, deepspeed_case: DeepSpeedCase, tmp_path: Path) -> None:
+    name, layout, world, *through = move
     folder = deepspeed_case(CASES[name])
+    source = str(folder / "ckpt")
+    if through:
+        convert(prepare(source, str(tmp_path / "converted"), to=through[0]))
+        source = str(tmp_path / "converted")
     truth = load_file(folder / "truth.safetensors")
     record = json.loads((folder / "case.json").read_text())
-    for result in spawn(
-        jobs.go_on_from_deepspeed, world, str(folder / "ckpt"), CASES[name], layout, record["global_steps"]
-    ):
+    for result in spawn(jobs.go_on_from_deepspeed, world, source, CASES[name], layout, record["global_steps"]):
         for key, value in truth.items():
             kind, _, parameter = key.partition("/")
             if kind == "buffer":

@@ -101,7 +101,7 @@ def test_every_rank_rounds_its_own_shard(lm: Truth) -> None:
 
 
 def test_gathered_copies_are_thrown_away_first(lm: Truth) -> None:
-    assert spawn(jobs.load_after_forward, 2, lm.checkpoint) == [True] * 2
+    assert spawn(jobs.load_after_forward, 2, lm.checkpoint) == [[]] * 2
 
 
 @pytest.mark.parametrize("cut", [flat(3), columns(2)])
