@@ -68,12 +68,17 @@ def place_group(
     """Put the optimizer states of one flat group, one dict per rank, in their places in `found`.
 
     A tensor that is flat like the partition is a state of every parameter, a number is one scalar of each. Gives for
-    each rank what is neither. ConflictError if ranks stand at different steps, CorruptError if a rank lacks a state.
+    each rank what is neither, and what calls itself ``value``, which is the master's name.
+
+    ConflictError if ranks stand at different steps, CorruptError if a rank lacks a state that others have.
     """
     left: list[dict[str, Tree]] = [{} for _ in states]
     for key in dict.fromkeys(key for state in states for key in state):
         values = [state.get(key) for state in states]
-        if _is_flat(layout, values):
+        lacking = [rank for rank, state in enumerate(states) if key not in state and layout.held(rank)]
+        if lacking:
+            raise CorruptError(f"{where}: rank {lacking[0]} has no {key}, which other ranks have", hint=MIXED_HINT)
+        if str(key) != "value" and _is_flat(layout, values):
             place(found, layout, str(key), values, f"{where} {key}")
         elif (scalar := _common_scalar(str(key), values, comparison, where)) is not None:
             for name in layout.shapes:

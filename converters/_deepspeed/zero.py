@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ucp.catalog import ParamGroup
-from ucp.errors import CorruptError, FitError
+from ucp.errors import ConflictError, CorruptError, FitError
 from ucp.layout import Shape
 from ucp.tree import Tree
 
@@ -49,6 +49,7 @@ def read_optimizer(save: Save, mp: int, comparison: Comparison, module: Mapping[
     key = "fp32_flat_groups" if save.stage == 3 else "single_partition_of_fp32_groups"
     masters = [_masters(file, tree, key) for file, tree in zip(files, inner, strict=True)]
     shapes = _shapes(save.model(mp), module, files, len(masters[0]))
+    _check_second_copy(save.model(mp), files[0], inner[0], comparison)
     found = Found()
     layouts = _layouts(save, mp, shapes, masters, inner)
     for index, layout in enumerate(layouts):
@@ -66,6 +67,13 @@ def read_optimizer(save: Save, mp: int, comparison: Comparison, module: Mapping[
     if isinstance(_base(inner[0]), list):
         found.notes.append("elastic_checkpoint saves no hyper-parameters: the optimizer's groups have none here")
     return found
+
+
+def _check_second_copy(model: RankFile, file: RankFile, tree: Mapping[str, Tree], comparison: Comparison) -> None:
+    """BF16_Optimizer without ZeRO is saved in the model file as well, by the same rank at the same moment."""
+    copy = model.root.get("optimizer")
+    if copy is not None and not comparison.equal(copy, tree):
+        raise ConflictError(f"{model.path} and {file.path} hold different optimizers", hint=MIXED_HINT)
 
 
 def _inner(file: RankFile) -> Mapping[str, Tree]:
