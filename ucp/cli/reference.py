@@ -36,9 +36,9 @@ only ever added. Numbers that JSON lacks are the strings `nan`, `inf` and `-inf`
 _ENVIRONMENT = """\
 ## Environment
 
-`UCP_JSON`, `UCP_QUIET`, `UCP_VERBOSE` and `UCP_NO_PROGRESS`, set to `1`, give the flag of that name to every command. Any
-other option is `UCP_`, the command and the option's long name: `UCP_CONVERT_WORKERS=4` is `--workers 4` of `ucp convert`,
-`UCP_CONVERT_NO_CHECK=1` its `--no-check`. What the command line says comes first.
+`UCP_JSON`, `UCP_QUIET`, `UCP_VERBOSE` and `UCP_NO_PROGRESS`, set to `1`, give the flag of that name to every command.
+Any other option is `UCP_`, the command and the option's long name: `UCP_CONVERT_WORKERS=4` is `--workers 4` of
+`ucp convert`, `UCP_CONVERT_NO_CHECK=1` its `--no-check`. What the command line says comes first.
 """
 
 
