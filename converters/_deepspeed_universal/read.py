@@ -23,7 +23,7 @@ from ucp.tree import Tree
 
 from .._deepspeed import nodes
 from .._deepspeed.carried import ENGINE_KEYS
-from .names import LATEST, MODEL_STATES, MODEL_STATES_3, OPTIMIZER_STATE, VALUE_FILE
+from .names import LATEST, MODEL_STATES, MODEL_STATES_3, OPTIMIZER_STATE, VALUE_FILE, state_file
 from .untrained import untrained
 
 _MOST_TAG_BYTES = 4096
@@ -89,6 +89,7 @@ def read(store: Store, *, tag: str | None = None) -> Catalog:
     found = _Found(prefix, model, optimizer, _shapes(model, prefix + model_name), files)
     ties = {str(k): str(v) for k, v in _mapping(model, "shared_params").items()}
     tensors = {tensor.name: tensor for tensor in _tensors(store, found) if tensor.name not in ties}
+    _check_complete(f"{store.url}/{prefix}", found, tensors, ties)
     step = model.get("global_steps")
     return Catalog(
         url=store.url,
@@ -157,6 +158,20 @@ def _tensors(store: Store, found: _Found) -> Iterator[Tensor]:
     for name, spec, fragments in untrained(store, found.prefix, found.model, known=set(files), files=found.files):
         found.fragments[Key(name, "value")] = fragments
         yield Tensor(name, _kind(name, found, trained=False), {"value": spec})
+
+
+def _check_complete(where: str, found: _Found, tensors: Mapping[str, Tensor], ties: Mapping[str, str]) -> None:
+    """NotFoundError where a parameter that the model file lists, or a state that others have, has no file."""
+    hint = "a file was lost: copy the folder again"
+    for name in found.shapes:
+        if name not in tensors and name not in ties:
+            raise NotFoundError(f"{where}zero/{name}: missing", hint=hint)
+    trained = [tensors[name] for part in _shape_dicts(found.model) for name in part if name in tensors]
+    states = dict.fromkeys(state for tensor in trained for state in (*tensor.states, *tensor.scalars))
+    for tensor in trained:
+        for state in states:
+            if state not in tensor.states and state not in tensor.scalars:
+                raise NotFoundError(f"{where}{state_file(tensor.name, state)}: missing, others have it", hint=hint)
 
 
 def _root(store: Store, path: str, found: _Found) -> Tree:
