@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import ucp
 from tests.support.case import Case
 from tests.support.cases import CASES
-from tests.support.deepspeed_job import read_result
+from tests.support.deepspeed_job import job_environment, read_result
 from tests.support.deepspeed_resume import Resume, Resumed, resume, target
 from ucp.run.convert import convert, prepare
 
@@ -201,6 +204,47 @@ def test_the_client_state_comes_back(deepspeed_cases: DeepSpeedCases, tmp_path: 
     assert "adapter.weight" in found.pop("frozen_param_shapes")
     assert expected.pop("frozen_param_shapes") == "None"
     assert found == expected
+
+
+def test_folders_of_deepspeeds_own_converter_are_sources(deepspeed_cases: DeepSpeedCases, tmp_path: Path) -> None:
+    """What ``ds_to_universal.py`` writes from ZeRO-3 loads under ZeRO-3 alone; converted, it resumes under ZeRO-1."""
+    cases = [CASES["z1_fp32_dp2"], CASES["z3_fp32_dp4"]]
+    folders = deepspeed_cases(cases)
+    for case in cases:
+        folder, stock = folders[case.name], tmp_path / case.name
+        ds_to_universal(folder / "ckpt" / case.tag, stock / f"{case.tag}_universal")
+        with ucp.open(str(stock)) as checkpoint:
+            assert checkpoint.family == "deepspeed-universal"
+            compare(checkpoint, load_file(str(folder / "truth.safetensors")), read_result(folder))
+    out = tmp_path / "out"
+    convert(prepare(str(tmp_path / "z3_fp32_dp4"), str(out), to="deepspeed-universal"))
+    move = Move("z3_fp32_dp4", 1, 4)
+    (found,) = resume([request(move, out)], tmp_path / "resumed")
+    assert problems(move, folders[move.source], found) == []
+
+
+def ds_to_universal(source: Path, destination: Path) -> None:
+    """Run DeepSpeed's own converter."""
+    destination.parent.mkdir()
+    options = ["--input_folder", str(source), "--output_folder", str(destination), "--num_extract_workers", "1"]
+    subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options, "--num_merge_workers", "1"],
+        env=job_environment(),
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+
+
+def compare(checkpoint: ucp.Checkpoint, truth: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+    """Every tensor, step and hyper-parameter."""
+    for key, value in truth.items():
+        kind, _, name = key.partition("/")
+        state = "value" if kind in ("param", "frozen", "buffer") else kind
+        assert kind == "lowp" or torch.equal(checkpoint[name][state][...], value), key
+    assert {name: checkpoint[name].scalars["step"] for name in record["steps"]} == record["steps"]
+    found = [{"names": group.params, "lr": group.options["lr"]} for group in checkpoint.param_groups]
+    assert found == [{"names": tuple(group["names"]), "lr": group["hyper"]["lr"]} for group in record["groups"]]
 
 
 def test_an_interrupted_conversion_does_not_load(deepspeed_cases: DeepSpeedCases, tmp_path: Path) -> None:
