@@ -37,7 +37,11 @@ KEYS = {
 
 @declare("demo", json_keys=KEYS)
 @click.option(
-    "--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="Who trains; auto prefers DeepSpeed."
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    show_default=True,
+    help="Who trains; auto prefers DeepSpeed.",
 )
 @click.option(
     "--steps", type=click.IntRange(2, 200), default=24, show_default=True, help="Training steps, half before the save."
@@ -66,7 +70,7 @@ def command(out: Output, engine: str, steps: int, keep: Path | None) -> None:
 def _run(folder: Path, engine: str, steps: int, out: Output) -> Outcome:
     from ucp.demo import run
 
-    return run(folder, engine=engine, steps=steps, say=lambda line: out.remark(line))
+    return run(folder, engine=engine, steps=steps, say=out.remark)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import deepspeed
@@ -9,6 +10,10 @@ import torch
 from torch import distributed
 
 from ucp.demo.model import GLOBAL_BATCH, build_model, local_batch, param_groups
+from ucp.errors import UcpError
+
+OTHER_SEED = 4242
+"""Models that resume start from other weights, so whatever was not loaded shows."""
 
 
 def prepare_process() -> None:
@@ -18,7 +23,7 @@ def prepare_process() -> None:
 
 def train_and_save(rank: int, world: int, folder: str, stage: int, before: int, after: int) -> list[float]:
     """Train `before` steps, save, train `after` more; all losses."""
-    engine = _engine(world, stage)
+    engine = _engine(world, stage, seed=1)
     losses = _train(engine, rank, world, 0, before)
     engine.save_checkpoint(folder, client_state={"iteration": before})
     return losses + _train(engine, rank, world, before, after)
@@ -26,32 +31,29 @@ def train_and_save(rank: int, world: int, folder: str, stage: int, before: int, 
 
 def resume(rank: int, world: int, folder: str, stage: int, first: int, steps: int) -> list[float]:
     """Load a universal folder with stock DeepSpeed and train from step `first`; the losses."""
-    engine = _engine(world, stage, {"checkpoint": {"load_universal": True}})
+    engine = _engine(world, stage, {"checkpoint": {"load_universal": True}}, seed=OTHER_SEED)
     path, _ = engine.load_checkpoint(folder)
-    assert path is not None, f"DeepSpeed found nothing in {folder}"
-    _own_hyper_parameters(engine)
+    if path is None:
+        raise UcpError(f"{folder}: DeepSpeed found no checkpoint there")
+    # A job imports this like anything else; the demo is part of ucp, which names no converter.
+    import_module("ucp.converters.deepspeed_universal").finish_load(engine, folder)
     return _train(engine, rank, world, first, steps)
 
 
-def _engine(world: int, stage: int, extra: dict[str, Any] | None = None) -> Any:
+def _engine(world: int, stage: int, extra: dict[str, Any] | None = None, *, seed: int) -> Any:
     deepspeed.init_distributed("gloo", verbose=False)
-    model = build_model()
+    model = build_model(seed)
     config = {
         "train_batch_size": GLOBAL_BATCH,
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world,
         "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,  # where nothing is said, DeepSpeed clips at 1.0 (runtime/constants.py)
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         **(extra or {}),
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(param_groups(model)), config=config)
     return engine
-
-
-def _own_hyper_parameters(engine: Any) -> None:
-    """Stock ZeRO-3 gives every group the hyper-parameters of the first one when it loads a universal folder."""
-    for group, own in zip(engine.optimizer.param_groups, param_groups(build_model()), strict=True):
-        group.update({name: own[name] for name in ("lr", "weight_decay")})
 
 
 def _train(engine: Any, rank: int, world: int, first: int, steps: int) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -63,6 +65,7 @@ def _first_error(folder: Path) -> str:
 
 def _main(folder: str, job: Callable[..., Any], rank: int, world: int, args: tuple[Any, ...]) -> None:
     """Body of a rank: its output goes to a log, and it ends without the parent's exit handlers."""
+    _end_with_parent()
     log = os.open(f"{folder}/log-{rank}", os.O_WRONLY | os.O_CREAT, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -78,6 +81,16 @@ def _main(folder: str, job: Callable[..., Any], rank: int, world: int, args: tup
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(code)
+
+
+def _end_with_parent() -> None:
+    """Ctrl-C is the parent's to handle, which ends its ranks; where something else ends the parent, Linux ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _in_group(folder: str, job: Callable[..., Any], rank: int, world: int, args: tuple[Any, ...]) -> Any:
