@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ucp.catalog import Catalog, Checksum, ParamGroup, Scalar, Source, Tensor
     from ucp.checkpoint import Checkpoint, StoredTensor
-    from ucp.checkpoint import open_checkpoint as open  # noqa: A004
+    from ucp.checkpoint import open_checkpoint as open
     from ucp.errors import (
         ConflictError,
         ContentError,
