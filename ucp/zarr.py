@@ -2,8 +2,8 @@
 
 The names are those of the zarr-extensions registry ("data-types"), the NumPy types those of ml_dtypes. The entry points
 in group ``zarr.data_type`` name the same classes; zarr-python 3.1 collects that group but does not load it
-(zarr/core/dtype/registry.py, ``_lazy_load`` has no caller), hence the import. zarrs hands bfloat16 and float8 on to zarr-python, the latter
-with a warning. tensorstore needs none of this.
+(zarr/core/dtype/registry.py, ``_lazy_load`` has no caller), hence the import. zarrs hands bfloat16 and float8 on to
+zarr-python, float8 with a warning. tensorstore needs none of this.
 """
 
 from __future__ import annotations
