@@ -23,7 +23,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"run"}),
     frozenset({"lazy", "checkpoint"}),
     frozenset({"train"}),
-    frozenset({"integrations", "cli", "testing", "__main__"}),
+    frozenset({"integrations", "demo", "cli", "testing", "__main__"}),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 TOP = len(LEVELS) - 1
@@ -94,7 +94,7 @@ def test_converters_stay_below_the_command_line(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*sources("ucp"), *sources("converters"), *sources("spec")], ids=module)
 def test_threads_and_processes_only_in_their_rooms(path: Path) -> None:
-    if room(module(path)) in ("run", "store", "train"):
+    if room(module(path)) in ("run", "store", "train", "demo"):
         return
     found = [name for name in imports(path) if inside(name, CONCURRENT)]
     # A progress line off the main thread is all the command line may start.
@@ -126,8 +126,13 @@ except SystemExit as stop:
 
 @pytest.mark.parametrize(
     ("program", "arguments"),
-    [("import ucp", []), (RUN_COMMAND, ["--help"]), (RUN_COMMAND, ["info", "--help"])],
-    ids=["import ucp", "ucp --help", "ucp info --help"],
+    [
+        ("import ucp", []),
+        (RUN_COMMAND, ["--help"]),
+        (RUN_COMMAND, ["info", "--help"]),
+        (RUN_COMMAND, ["demo", "--help"]),
+    ],
+    ids=["import ucp", "ucp --help", "ucp info --help", "ucp demo --help"],
 )
 def test_start_up_is_light(program: str, arguments: list[str]) -> None:
     report = f"\nimport sys\nprint(*[m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"

@@ -9,19 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from ucp.cli.command import command as declare
 from ucp.cli.output import Output, Span
+from ucp.demo import ENGINES, TOLERANCE, Outcome, run
 from ucp.errors import ContentError, UsageError
 
-if TYPE_CHECKING:
-    from ucp.demo import Outcome
-
-ENGINES = ("auto", "deepspeed", "fsdp2")
 _ROWS = 24
+"""Most rows of the table, about."""
 KEYS = {
     "engine": "what trained and saved: `deepspeed` or `fsdp2`",
     "saved_at": "number of steps before the save",
@@ -56,7 +54,7 @@ def command(out: Output, engine: str, steps: int, keep: Path | None) -> None:
     """
     start = time.perf_counter()
     with _stoppable(), _folder(keep) as folder:
-        outcome = _run(folder, engine, steps, out)
+        outcome = run(folder, engine=engine, steps=steps, say=out.remark)
     seconds = time.perf_counter() - start
     if out.mode == "json":
         out.json(_document(outcome, keep, seconds))
@@ -65,12 +63,6 @@ def command(out: Output, engine: str, steps: int, keep: Path | None) -> None:
         out.remark(("took", "dim"), f"  {seconds:.0f} s", f", checkpoints kept in {keep}" if keep else "")
     if not outcome.held:
         _fail(out, outcome)
-
-
-def _run(folder: Path, engine: str, steps: int, out: Output) -> Outcome:
-    from ucp.demo import run
-
-    return run(folder, engine=engine, steps=steps, say=out.remark)
 
 
 @contextmanager
@@ -100,8 +92,6 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 
 def _document(outcome: Outcome, keep: Path | None, seconds: float) -> dict[str, Any]:
-    from ucp.demo import TOLERANCE
-
     whole = outcome.uninterrupted
     return {
         "engine": outcome.engine,
@@ -145,8 +135,6 @@ def _aligned(row: tuple[str, ...] | list[str], widths: list[int]) -> str:
 
 
 def _verdict(outcome: Outcome) -> list[Span]:
-    from ucp.demo import TOLERANCE
-
     told = f"  largest relative difference {outcome.largest_difference:.1e}, "
     if outcome.held:
         return [("resumed as if never interrupted", "green"), told, f"within float32 rounding ({TOLERANCE:.0e})"]
