@@ -9,6 +9,7 @@ added (gradients are summed over ranks, and over other partitions, in another or
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -21,11 +22,13 @@ import torch
 from safetensors.torch import load_file
 
 import ucp
+from tests.converters.deepspeed_universal.made import Made
 from tests.support.case import Case
 from tests.support.cases import CASES
 from tests.support.deepspeed_job import job_environment, read_result
 from tests.support.deepspeed_resume import Resume, Resumed, resume, target
 from ucp.run.convert import convert, prepare
+from ucp.store import open_store
 
 FINISH = "ucp.converters.deepspeed_universal:finish_load"
 # One rounding of the working precision, a few times over: the sums differ in their last bits, then training goes on.
@@ -191,6 +194,24 @@ def test_round_robin_jobs_are_refused(deepspeed_cases: DeepSpeedCases, tmp_path:
         resume([asked], tmp_path / "refused")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "groups"), [("z3_fp32_dp2", 2), ("z1_bf16_dp4", 2)], ids=["more", "fewer"])
+def test_values_are_loaded_whatever_the_jobs_groups(
+    source: str, groups: int, deepspeed_cases: DeepSpeedCases, tmp_path: Path
+) -> None:
+    """ZeRO-1 and 2 walk the job's groups and the saved ones side by side; no group may be left out without a word."""
+    folder = deepspeed_cases([CASES[source]])[source]
+    convert(prepare(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal"))
+    move = Move(source, 2, 2, {"groups": groups})
+    # No step: torch's schedulers stop at another number of groups by themselves.
+    (found,) = resume([dataclasses.replace(request(move, tmp_path / "out"), steps=0)], tmp_path / "resumed")
+    assert state_problems(move, load_file(str(folder / "truth.safetensors")), found.state()) == []
+    asked = request(Move(source, 3, 2, {"groups": groups}), tmp_path / "out")
+    if groups < CASES[source].groups:
+        with pytest.raises(RuntimeError, match=r"FitError: .* are in 2 groups there"):
+            resume([asked], tmp_path / "refused")
+
+
 def test_the_client_state_comes_back(deepspeed_cases: DeepSpeedCases, tmp_path: Path) -> None:
     """What stock DeepSpeed hands back from the universal folder is what it hands back from its own checkpoint."""
     case = CASES["z1_fp32_dp2"]
@@ -245,6 +266,34 @@ def compare(checkpoint: ucp.Checkpoint, truth: dict[str, torch.Tensor], record: 
     assert {name: checkpoint[name].scalars["step"] for name in record["steps"]} == record["steps"]
     found = [{"names": group.params, "lr": group.options["lr"]} for group in checkpoint.param_groups]
     assert found == [{"names": tuple(group["names"]), "lr": group["hyper"]["lr"]} for group in record["groups"]]
+
+
+LOAD_SCALAR = """
+import sys, types, torch
+from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
+value = torch.zeros(1)
+mapping = types.SimpleNamespace(
+    lp_fragment_address=types.SimpleNamespace(start=0, numel=1), get_hp_fragment=lambda: value, optim_fragment={}
+)
+parameter = types.SimpleNamespace(shape=torch.Size([]), numel=lambda: 1, _hp_mapping=mapping)
+step = load_hp_checkpoint_state(parameter, sys.argv[1], 0, 1)
+states = mapping.optim_fragment
+print([step.item(), value.item(), states["exp_avg"].item(), states["exp_avg_sq"].item()])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_deepspeed")
+def test_deepspeeds_loader_takes_scalar_parameters(tmp_path: Path) -> None:
+    made = Made("scalar-parameter")
+    made.adam("other", 2)
+    made.adam("scale")
+    made.out = open_store(str(tmp_path))
+    made.write(made.catalog())
+    folder = tmp_path / "global_step3_universal" / "zero" / "scale"
+    command = [sys.executable, "-c", LOAD_SCALAR, str(folder)]
+    done = subprocess.run(command, env=job_environment(), capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout.splitlines()[-1]) == [3.0, 1.0, 2.0, 3.0]
 
 
 def test_an_interrupted_conversion_does_not_load(deepspeed_cases: DeepSpeedCases, tmp_path: Path) -> None:
