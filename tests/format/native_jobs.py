@@ -10,7 +10,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ucp
@@ -99,9 +99,10 @@ def load_fsdp(rank, world, folder):
 
 
 def save_ddp(rank, world, folder):
+    """Under DDP the ranks' running statistics differ after a step: rank 0's are saved."""
     model = build()
     optimizer = adam(model)
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     train(wrapped, optimizer, rank)
     save((wrapped, optimizer), f"{folder}/ckpt")
     found = truth(model, optimizer)
@@ -137,16 +138,15 @@ def save_to_nowhere(rank, world, folder):
 def save_holed(rank, world, folder):
     """A tensor whose shards the ranks do not all hand over."""
     mesh = init_device_mesh("cpu", (world,))
-    from torch.distributed.tensor import Shard
-
     tensor = distribute_tensor(torch.arange(10.0), mesh, [Shard(0)])
     return outcome(lambda: save({"w": tensor, "x": torch.ones(1)} if rank else {"x": torch.ones(1)}, f"{folder}/ckpt"))
 
 
 def save_and_die(rank, world, folder):
-    """Rank 1 is killed in the middle of writing; what the others raise is kept in files."""
+    """A rank of its own, that no parent watches: rank 1 is killed before it writes, the others note what they raise."""
     from ucp.train import save as module
 
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     write = module._write_file
 
     def killed(*args):
@@ -157,6 +157,7 @@ def save_and_die(rank, world, folder):
     module._write_file = killed
     tensors = {f"w{i}": torch.ones(1000) for i in range(6)}
     Path(folder, f"raised-{rank}").write_text(str(outcome(lambda: save(tensors, f"{folder}/ckpt"))))
+    os._exit(0)
 
 
 def save_replicated(rank, world, folder):
@@ -167,4 +168,15 @@ def save_replicated(rank, world, folder):
     tensors |= {"h": torch.arange(5).to(torch.bfloat16), "b": torch.tensor([True, False]), "n": torch.tensor(3)}
     tensors["empty"] = torch.empty(0, 4)
     save(tensors, f"{folder}/ckpt")
-    distributed.barrier()
+
+
+def save_disagreeing(rank, world, folder):
+    return outcome(lambda: save({"w": torch.ones(3 + rank)}, f"{folder}/ckpt"))
+
+
+def save_strange_state(rank, world, folder):
+    """Only one rank fails."""
+    module = nn.ParameterDict({"w": nn.Parameter(torch.ones(3))})
+    optimizer = torch.optim.SGD(module.parameters())
+    optimizer.state[module["w"]] = {"odd": [1, 2]} if rank else {}
+    return outcome(lambda: save((module, optimizer), f"{folder}/ckpt"))
