@@ -20,12 +20,17 @@ class Target(Protocol):
     """A checkpoint to be written: its large objects as tasks, then the small ones.
 
     Tasks may finish in any order; `finish` is called with the digests of all of them and gives (path, bytes) of the
-    remaining objects. The last of these is the root: the checkpoint exists exactly when it does.
+    remaining objects. The last of these is the root: the checkpoint exists exactly when it does. `notes` are remarks a
+    user should see before converting, such as what this form of checkpoint cannot hold.
     """
 
     family: str
     tasks: tuple[Task, ...]
     root: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks for the user; empty if there are none."""
 
     def finish(self, digests: Mapping[str, Digests]) -> Iterator[tuple[str, bytes]]:
         """Small objects in the order in which to put them, the root last."""

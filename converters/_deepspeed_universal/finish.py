@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def finish_load(engine: Any, url: str, *, strict: bool = True) -> None:
+def finish_load(engine: Any, url: str, *, strict: bool = True, **options: Any) -> None:
     """Restore into a DeepSpeed engine what its universal loader does not; call it right after ``load_checkpoint``.
 
     >>> engine.load_checkpoint(url)      # doctest: +SKIP
     >>> finish_load(engine, url)         # doctest: +SKIP
 
-    `url` is the folder that was loaded, or any other form of the same checkpoint. Every rank calls it.
+    `url` is the folder that was loaded, or any other form of the same checkpoint; `options` go to its reader, such as
+    the `tag` that was loaded. Every rank calls it.
 
     - Frozen parameters and persistent buffers, under every ZeRO stage: DeepSpeed skips the module's state
       (deepspeed/runtime/engine.py, ``_load_checkpoint``).
@@ -37,12 +38,12 @@ def finish_load(engine: Any, url: str, *, strict: bool = True) -> None:
     differently. Damaged files raise what `ucp.open` raises.
     """
     _check_order(engine.optimizer)
-    with open_checkpoint(url) as checkpoint:
+    with open_checkpoint(url, **options) as checkpoint:
         unrestored = list(_unrestored(engine, checkpoint, strict=strict))
-        options = _zero3_options(engine, checkpoint) if _is_zero3(engine) else []
+        groups = _zero3_groups(engine, checkpoint) if _is_zero3(engine) else []
         for tensor, stored in unrestored:
             _restore(tensor, stored)
-        for group, values in options:
+        for group, values in groups:
             group.update(values)
         if _is_zero3(engine):
             _own_steps(engine.optimizer)
@@ -114,7 +115,7 @@ def _restore(tensor: torch.Tensor, stored: LazyTensor) -> None:
                 tensor.copy_(stored[...])
 
 
-def _zero3_options(engine: Any, checkpoint: Checkpoint) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _zero3_groups(engine: Any, checkpoint: Checkpoint) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Each optimizer group of a ZeRO-3 job with the hyper-parameters that the checkpoint has for its parameters."""
     optimizer = engine.optimizer
     members: dict[int, list[str]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ucp.catalog import Catalog, ParamGroup, Scalar, Tensor
 from ucp.errors import FitError
@@ -56,10 +56,10 @@ def content(catalog: Catalog) -> Content:
     start as zero, or with different steps within a group.
     """
     notes: list[str] = []
-    groups = catalog.param_groups or (ParamGroup(_trained(catalog), {}),)
+    groups = _groups(catalog)
     folders: dict[str, Folder] = {}
     for number, group in enumerate(groups):
-        members = [catalog.tensors[catalog.resolve(name)] for name in group.params]
+        members = [catalog.tensors[name] for name in group.params]
         folders.update((folder.name, folder) for folder in _group(number, members, notes))
     for tensor in catalog.tensors.values():
         if tensor.name not in folders:
@@ -70,8 +70,17 @@ def content(catalog: Catalog) -> Content:
     return Content(tuple(folders.values()), groups, step, zero3, tuple(notes))
 
 
-def _trained(catalog: Catalog) -> tuple[str, ...]:
-    return tuple(name for name, tensor in catalog.tensors.items() if tensor.kind == "parameter")
+def _groups(catalog: Catalog) -> tuple[ParamGroup, ...]:
+    """The optimizer groups with their trained parameters, which are all that ZeRO keeps; one where there are none."""
+    trained = [name for name, tensor in catalog.tensors.items() if tensor.kind == "parameter"]
+    if not catalog.param_groups:
+        return (ParamGroup(tuple(trained), {}),)
+    known = set(trained)
+    named = [dict.fromkeys(map(catalog.resolve, group.params)) for group in catalog.param_groups]
+    return tuple(
+        replace(group, params=tuple(name for name in names if name in known))
+        for group, names in zip(catalog.param_groups, named, strict=True)
+    )
 
 
 def _group(number: int, members: list[Tensor], notes: list[str]) -> Iterator[Folder]:

@@ -128,4 +128,4 @@ def _shapes(catalog: Catalog, content: Content) -> dict[str, Tree]:
 
 
 def _sizes(catalog: Catalog, names: Iterable[str]) -> OrderedDict[str, Size]:
-    return OrderedDict((name, Size(catalog.tensors[catalog.resolve(name)].states["value"].shape)) for name in names)
+    return OrderedDict((name, Size(catalog.tensors[name].states["value"].shape)) for name in names)

@@ -98,6 +98,7 @@ class ShardsTarget:
     tasks: tuple[Task, ...]
     family: str = FAMILY
     root: str = "index.json"
+    notes: tuple[str, ...] = ()
 
     def finish(self, digests: Mapping[str, Digests]) -> Iterator[tuple[str, bytes]]:
         tensors = {

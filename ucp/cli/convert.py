@@ -72,7 +72,7 @@ def command(
             restart=restart,
             read_options=reading.options,
         )
-        for note in conversion.catalog.notes:
+        for note in conversion.notes:
             out.remark(("note", "yellow"), "  ", note)
         with shown(out, "converting") as show:
             report = convert(conversion, workers=workers, processes=processes, on_progress=show)
@@ -110,7 +110,7 @@ def _document(conversion: Conversion, report: Report) -> dict[str, Any]:
         "from": conversion.catalog.source.family,
         "to": conversion.to,
         **{name: getattr(report, name) for name in names},
-        "notes": list(conversion.catalog.notes),
+        "notes": list(conversion.notes),
     }
 
 

@@ -96,7 +96,7 @@ def describe(conversion: Conversion, workers: int) -> dict[str, Any]:
             "scalars": sum(len(tensor.scalars) for tensor in catalog.tensors.values()),
             "ties": len(catalog.ties),
         },
-        "notes": list(catalog.notes),
+        "notes": list(conversion.notes),
     }
 
 

@@ -32,6 +32,7 @@ class UniversalTarget:
     tasks: tuple[Task, ...]
     family: str = FAMILY
     root: str = ROOT
+    notes: tuple[str, ...] = ()
 
     def finish(self, digests: Mapping[str, Digests]) -> Iterator[tuple[str, bytes]]:
         """Zarr metadata, training state and block digests, then the root with the manifest."""

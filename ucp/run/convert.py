@@ -58,6 +58,11 @@ class Conversion:
         """Where the result will lie."""
         return self.destination.url
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks of the reader, then those of the target, such as what its form cannot hold."""
+        return (*self.catalog.notes, *self.target.notes)
+
 
 def prepare(
     source: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import pytest
@@ -87,6 +88,17 @@ def test_states_that_zero_3_misses_are_noted():
 def test_other_scalars_are_noted():
     found = content(catalog([parameter("a", ADAM, 3.0, mu_product=0.5)], (("a",),)))
     assert "mu_product" in found.notes[0]
+
+
+def test_frozen_parameters_and_second_names_in_groups_are_left_out():
+    tensors = [parameter("a", ADAM), Tensor("b", "frozen", {"value": FP32})]
+    tied = dataclasses.replace(catalog(tensors, (("a", "b", "alias"),)), ties={"alias": "a"})
+    found = content(tied)
+    assert found.groups[0].params == ("a",)
+    assert [(folder.name, folder.states, folder.zeros) for folder in found.folders] == [
+        ("a", ("value", "exp_avg", "exp_avg_sq"), {}),
+        ("b", ("value",), {}),
+    ]
 
 
 def test_weights_alone_need_no_groups():
