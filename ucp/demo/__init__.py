@@ -32,8 +32,9 @@ def run(
     before = steps // 2
     if before < 1:
         raise UsageError(f"{steps} steps cannot be interrupted", hint="give at least 2")
+    chosen = _choose(engine)
     prepare_environment()
-    if _choose(engine) == "deepspeed":
+    if chosen == "deepspeed":
         from ucp.demo.with_deepspeed import run_with_deepspeed
 
         return run_with_deepspeed(folder, before, steps - before, say)
