@@ -110,8 +110,10 @@ def names_of(
             hint="ZeRO 0 saves no names; give the optimizer named parameters, or save with ZeRO 1",
         )
     if dealt.ways > 1:
+        left = [name for c, name in enumerate(names) if not any(c in group for group in dealt.groups)]
         raise FitError(
-            f"{path}: shapes do not tell which {sum(sizes)} of the module's {len(names)} parameters the optimizer owns",
+            f"{path}: shapes do not tell which {sum(sizes)} of the module's {len(names)} parameters the optimizer owns "
+            f"and in which group; leaving out {' '.join(left[:6]) or 'none'} is one way",
             hint=_HINT,
         )
     return [[names[c] for c in group] for group in dealt.groups], [note]

@@ -203,7 +203,7 @@ def _alias_or_outsider(
     if holder in optimized:
         assert holder is not None
         copy = weights.copies.get(holder)
-        if copy is None or copy.spec.shape == leaf.extent.shape:
+        if copy is None or copy.spec == TensorSpec(leaf.extent.shape, leaf.extent.dtype):
             weights.ties[name] = holder
             if copy is not None:
                 weights.copies[holder] = copy.with_copy(leaf)

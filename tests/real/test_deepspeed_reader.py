@@ -9,7 +9,7 @@ import pytest
 
 from tests.converters.deepspeed.audit import audit_bytes, audit_entries
 from tests.converters.deepspeed.oracle import differences, load_truth, read_state
-from tests.real.conftest import DeepSpeedCase
+from tests.real.conftest import DeepSpeedCase, DeepSpeedCases
 from tests.support.case import Case
 from tests.support.cases import CASES
 from tests.support.deepspeed_job import read_result
@@ -40,10 +40,21 @@ class Opened:
         self.catalog: Catalog = CONVERTER.read(open_store(str(self.root)), **options(case))
 
 
+@pytest.fixture(scope="session")
+def folders(deepspeed_cases: DeepSpeedCases, request: pytest.FixtureRequest) -> dict[str, Path]:
+    """Folders of all cases that tests of this session open, made in one process."""
+    calls = [item.callspec for item in request.session.items if isinstance(item, pytest.Function) and _calls(item)]
+    names = {call.params["opened"] for call in calls if "opened" in call.params}
+    return deepspeed_cases(CASES[name] for name in sorted(names))
+
+
+def _calls(item: pytest.Function) -> bool:
+    return item.path == Path(__file__) and hasattr(item, "callspec")
+
+
 @pytest.fixture
-def opened(deepspeed_case: DeepSpeedCase, request: pytest.FixtureRequest) -> Opened:
-    case = CASES[request.param]
-    return Opened(deepspeed_case(case), case)
+def opened(folders: dict[str, Path], request: pytest.FixtureRequest) -> Opened:
+    return Opened(folders[request.param], CASES[request.param])
 
 
 def every(names: list[str]) -> pytest.MarkDecorator:
@@ -129,7 +140,8 @@ def test_trap_7_masters_of_zero_0_are_found(opened: Opened) -> None:
 
 @some(universal_info=True)
 def test_trap_8_universal_checkpoint_info_is_carried(opened: Opened) -> None:
-    assert opened.catalog.state["client_state"]["universal_checkpoint_info"] == {"universal_checkpoint_version": 0.2}
+    info = opened.catalog.state["client_state"]["universal_checkpoint_info"]
+    assert info["universal_checkpoint_version"] == 0.2
 
 
 @some(rich_client_state=True, launcher="engine")

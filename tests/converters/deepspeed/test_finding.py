@@ -9,7 +9,7 @@ import pytest
 
 from tests.converters.deepspeed.fake import Fake, write
 from ucp.catalog import Catalog
-from ucp.converter import converters
+from ucp.converter import converter
 from ucp.converters.deepspeed import CONVERTER
 from ucp.errors import ConflictError, CorruptError, FitError, NotFoundError, UsageError
 from ucp.store import open_store
@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_it_is_registered() -> None:
-    assert converters()["deepspeed"] is CONVERTER
+    assert converter("deepspeed") is CONVERTER
 
 
 def test_latest_names_the_tag(root: Path) -> None:
