@@ -151,11 +151,9 @@ def _loader_notes(catalog: Catalog, arranged: Content) -> Iterator[str]:
     if untrained:
         yield f"DeepSpeed does not load the {untrained} frozen parameters and buffers: {remedy}"
     if arranged.zero3 and len(arranged.groups) > 1:
-        differ = ", ".join(disagreeing(arranged)) or "nothing"
-        yield (
-            f"a ZeRO-3 job keeps its own {differ} (its loader knows one optimizer group) and counts steps of torch's "
-            f"optimizers once per group: {remedy}"
-        )
+        differ = ", ".join(disagreeing(arranged))
+        keeps = f"keeps its own {differ}, since its loader knows one optimizer group, and " if differ else ""
+        yield f"a ZeRO-3 job {keeps}counts steps of torch's optimizers once per group: {remedy}"
     if _round_robin(catalog):
         yield (
             "the source sets round_robin_gradients; set it to false in the job that loads, whatever the checkpoint: "
