@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
 from ucp.catalog import Catalog
@@ -52,37 +52,49 @@ class Converter(Protocol):
 
 
 @cache
-def converters() -> dict[str, Converter]:
-    """All installed converters by family."""
-    found: dict[str, Converter] = {}
-    for entry in entry_points(group="ucp.converters"):
-        converter: Converter = entry.load()
-        found[converter.family] = converter
-    return found
+def _entries() -> dict[str, EntryPoint]:
+    """Installed converters by family, none of them imported yet."""
+    return {entry.name: entry for entry in entry_points(group="ucp.converters")}
 
 
+def families() -> list[str]:
+    """The families that have a converter, sorted."""
+    return sorted(_entries())
+
+
+@cache
 def converter(family: str) -> Converter:
-    """The converter of `family`; UsageError if there is none."""
-    known = converters()
-    if family not in known:
-        raise UsageError(f"no converter for {family!r}", hint=f"installed: {' '.join(sorted(known))}")
-    return known[family]
+    """The converter of `family`; UsageError if there is none, or if it cannot be imported."""
+    if family not in _entries():
+        raise UsageError(f"no converter for {family!r}", hint=f"installed: {' '.join(families())}")
+    try:
+        found: Converter = _entries()[family].load()
+    except Exception as error:
+        raise UsageError(
+            f"the converter for {family!r} cannot be imported: {type(error).__name__}: {error}",
+            hint=f"mend or remove the package that provides {_entries()[family].value}",
+        ) from error
+    return found
 
 
 def read_catalog(url: str, *, family: str | None = None, **options: Any) -> tuple[Catalog, Store]:
     """Detect the family of the checkpoint at `url`, read it, and return it with the store it lies in.
 
-    NotFoundError if nothing is there or no converter knows it.
+    NotFoundError if nothing is there or no converter knows it. A converter that cannot be imported is passed over.
     """
     store = open_store(url)
     if family is not None:
         return converter(family).read(store, **options), store
-    for candidate in converters().values():
+    broken = []
+    for name in families():
+        try:
+            candidate = converter(name)
+        except UsageError as error:
+            broken.append(error.message)
+            continue
         if candidate.detect(store):
             return candidate.read(store, **options), store
     if not store.children():
         raise NotFoundError(f"{url}: no such folder, or it is empty")
-    raise NotFoundError(
-        f"{url}: not a checkpoint of a known family",
-        hint=f"known: {' '.join(sorted(converters()))}; an interrupted conversion is none until it is finished",
-    )
+    hint = f"known: {' '.join(families())}; an interrupted conversion is none until it is finished"
+    raise NotFoundError(f"{url}: not a checkpoint of a known family", hint="; ".join([hint, *broken]))

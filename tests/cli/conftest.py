@@ -17,7 +17,6 @@ from click.testing import CliRunner, Result
 import ucp.converter
 from tests.cli import shards
 from ucp.cli.app import program
-from ucp.format.universal import CONVERTER as UNIVERSAL
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -49,7 +48,7 @@ def other(tmp_path: Path) -> Path:
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run the program in this process."""
-    monkeypatch.setattr(ucp.converter, "converters", lambda: {shards.FAMILY: shards.CONVERTER, "universal": UNIVERSAL})
+    monkeypatch.setattr(ucp.converter, "_entries", shards.entries)
     return lambda *arguments, **options: CliRunner().invoke(
         program, [str(a) for a in arguments], prog_name="ucp", **options
     )

@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -199,18 +200,18 @@ def _fragment(region: Region, object: str, offset: int, dtype: str, replica: int
 CONVERTER = Shards()
 
 
-def install() -> None:
-    """Make this and the universal form the families that are known; for a process of its own."""
-    import ucp.converter
-    from ucp.format.universal import CONVERTER as UNIVERSAL
-
-    ucp.converter.converters = lambda: {FAMILY: CONVERTER, "universal": UNIVERSAL}  # type: ignore[assignment]
+def entries() -> dict[str, EntryPoint]:
+    """The installed converters and this one, as if its package were installed."""
+    entry = EntryPoint(FAMILY, "tests.cli.shards:CONVERTER", "ucp.converters")
+    return {**{found.name: found for found in entry_points(group="ucp.converters")}, FAMILY: entry}
 
 
 def main() -> None:
-    """``ucp`` with this family and the universal form alone."""
-    install()
+    """``ucp`` with this family too."""
+    import ucp.converter
     from ucp.cli import main as run
+
+    ucp.converter._entries = entries
 
     run()
 

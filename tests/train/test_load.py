@@ -115,6 +115,34 @@ def test_a_model_and_its_optimizer_go_on_as_if_never_stopped(tmp_path: Path, cut
     assert "loaded step 7" in str(report)
 
 
+class Vectors(nn.Module):
+    """Parameters as small as what the optimizer is tried on to learn which states it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2))
+        self.third, self.fourth = nn.Parameter(torch.randn(())), nn.Parameter(torch.randn(()))
+
+
+def test_equal_and_tiny_parameters_have_states_of_their_own(tmp_path: Path) -> None:
+    model = Vectors()
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum((p * p * (i + 1)).sum() for i, p in enumerate(model.parameters())).backward()
+    optimizer.step()
+    names = [name for name, _ in model.named_parameters()]
+    tensors = {name: {"value": p.detach(), **optimizer.state[p]} for name, p in model.named_parameters()}
+    steps = {name: float(states.pop("step")) for name, states in tensors.items()}
+    hyper = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    ckpt = Checkpoint(*make(str(tmp_path), tensors, steps=steps, groups=[(names, hyper)]))
+    other = Vectors()
+    resumed = torch.optim.AdamW(other.parameters())
+    ucp.load((other, resumed), ckpt)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert_same_state(resumed.state[mine], optimizer.state[theirs])
+    held = [value.data_ptr() for state in resumed.state.values() for value in state.values()]
+    assert len(set(held)) == len(held)
+
+
 def test_an_optimizer_that_has_state_is_filled_in_place(source: Any) -> None:
     model, optimizer, ckpt = source
     other, resumed = trained()

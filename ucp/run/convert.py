@@ -78,7 +78,8 @@ def prepare(
     """Read the source's metadata and plan its conversion to family `to`, without writing anything.
 
     `check` compares replicas and low-precision copies with the tensors; `restart` throws away what an earlier,
-    different run left unfinished. `read_options` go to the source's converter, `options` to the target's. Raises what reading raises;
+    different run left unfinished. `read_options` go to the source's converter, `options` to the target's. Raises what
+    reading raises;
     UsageError if the destination is the source or holds something else.
     """
     catalog, source_store = read_catalog(source, family=family, **(read_options or {}))

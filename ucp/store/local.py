@@ -74,13 +74,13 @@ class LocalStore(Store):
                 done += count
 
     def create(self, path: str, size: int) -> Writer:
-        full = self._full(path)
+        full = self._forget(path)
         with translated(full):
             os.makedirs(os.path.dirname(full), exist_ok=True)
             return _LocalWriter(full, size)
 
     def put(self, path: str, data: Buffer, *, if_absent: bool = False, durable: bool = True) -> None:
-        full = self._full(path)
+        full = self._forget(path)
         with translated(full):
             os.makedirs(os.path.dirname(full), exist_ok=True)
             _put(full, data, if_absent=if_absent, durable=durable)
@@ -100,7 +100,7 @@ class LocalStore(Store):
         yield self.root
 
     def delete(self, path: str) -> None:
-        full = self._full(path)
+        full = self._forget(path)
         with translated(full):
             if os.path.lexists(full):
                 os.unlink(full)
@@ -125,6 +125,13 @@ class LocalStore(Store):
     def close(self) -> None:
         with self._lock:
             self._files.clear()
+
+    def _forget(self, path: str) -> str:
+        """The full path of an object about to change; a handle of the old one is let go."""
+        full = self._full(path)
+        with self._lock:
+            self._files.pop(full, None)
+        return full
 
     def _full(self, path: str) -> str:
         if path.startswith("/") or "\0" in path or ".." in path.split("/"):

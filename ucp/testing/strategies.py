@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import strategies as st
 
 from ucp.layout import Box, FlatRange, Region, Shape, numel
@@ -38,7 +40,7 @@ def flat_cuts(draw: st.DrawFn, shape: Shape) -> list[FlatRange]:
     """A partition of `shape` into flat ranges, as ZeRO makes them."""
     total = numel(shape)
     at = sorted({0, total, *draw(st.lists(st.integers(0, total), max_size=5))})
-    return [FlatRange(a, b - a) for a, b in zip(at, at[1:], strict=False)]
+    return [FlatRange(a, b - a) for a, b in pairwise(at)]
 
 
 @st.composite

@@ -134,7 +134,8 @@ def template(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Te
     key = (id(optimizer), id(group["params"]), shape, parameter.dtype, parameter.device)
     if key not in known:
         known[key] = _first_state(optimizer, group, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
-    return known[key]
+    # Copies: a state that happens to have the parameter's own shape is filled in place, and belongs to it alone.
+    return {name: kept.clone() if isinstance(kept, torch.Tensor) else kept for name, kept in known[key].items()}
 
 
 def _first_state(optimizer: Optimizer, group: Mapping[str, Any], zeros: torch.Tensor) -> State:
