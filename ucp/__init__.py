@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ucp.layout import Box, FlatRange, Mesh
     from ucp.lazy import LazyTensor
     from ucp.plan import Extent, Fragment, Plan, TensorSpec
-    from ucp.run.convert import Conversion, Report, convert, prepare
+    from ucp.run.convert import Conversion, Progress, Report, carry_out, convert, prepare
     from ucp.train.load import load
     from ucp.train.report import LoadReport
     from ucp.tree import Opaque
@@ -47,7 +47,7 @@ _HOMES = {
     "ucp.layout": "Box FlatRange Mesh",
     "ucp.lazy": "LazyTensor",
     "ucp.plan": "Extent Fragment Plan TensorSpec",
-    "ucp.run.convert": "Conversion Report convert prepare",
+    "ucp.run.convert": "Conversion Progress Report carry_out convert prepare",
     "ucp.train.load": "load",
     "ucp.train.report": "LoadReport",
     "ucp.tree": "Opaque",
@@ -76,6 +76,7 @@ __all__ = [
     "ParamGroup",
     "Plan",
     "ProgramError",
+    "Progress",
     "Report",
     "Scalar",
     "Source",
@@ -87,6 +88,7 @@ __all__ = [
     "UnsafeError",
     "UsageError",
     "__version__",
+    "carry_out",
     "convert",
     "load",
     "open",

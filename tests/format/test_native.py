@@ -69,7 +69,7 @@ def test_it_loads_into_another_number_of_ranks_bit_for_bit(saved) -> None:
 
 
 def test_it_converts_to_the_universal_form(saved, tmp_path) -> None:
-    convert(prepare(str(saved / "ckpt"), str(tmp_path / "ckpt")))
+    convert(str(saved / "ckpt"), str(tmp_path / "ckpt"))
     (tmp_path / "truth.pt").write_bytes((saved / "truth.pt").read_bytes())
     assert_equals_truth(tmp_path)
     assert ucp.open(str(tmp_path / "ckpt")).family == "universal"
@@ -222,7 +222,7 @@ def test_a_flipped_bit_in_a_shard_is_found_by_whoever_reads_it(copy) -> None:
     with pytest.raises(CorruptError, match=r"rank-00001-0\.safetensors.*fail their crc32c"):
         ucp.load(states, str(copy))
     with pytest.raises(CorruptError, match=r"rank-00001-0\.safetensors"):
-        convert(prepare(str(copy), str(copy.parent / "universal")))
+        convert(str(copy), str(copy.parent / "universal"))
 
 
 @pytest.mark.parametrize("lost", ["missing", "shorter", "longer"])

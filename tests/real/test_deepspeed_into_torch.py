@@ -20,7 +20,7 @@ from tests.support.case import Case
 from tests.support.cases import CASES
 from tests.support.gloo import spawn
 from tests.train import jobs
-from ucp.run.convert import convert, prepare
+from ucp.run.convert import convert
 
 DeepSpeedCase = Callable[[Case], Path]
 
@@ -41,7 +41,7 @@ def test_training_goes_on_under_torch(move: Any, deepspeed_case: DeepSpeedCase, 
     folder = deepspeed_case(CASES[name])
     source = str(folder / "ckpt")
     if through:
-        convert(prepare(source, str(tmp_path / "converted"), to=through[0]))
+        convert(source, str(tmp_path / "converted"), to=through[0])
         source = str(tmp_path / "converted")
     truth = load_file(folder / "truth.safetensors")
     record = json.loads((folder / "case.json").read_text())

@@ -27,7 +27,7 @@ from tests.support.case import Case
 from tests.support.cases import CASES
 from tests.support.deepspeed_job import job_environment, read_result
 from tests.support.deepspeed_resume import Resume, Resumed, resume, target
-from ucp.run.convert import convert, prepare
+from ucp.run.convert import carry_out, convert, prepare
 from ucp.store import open_store
 
 FINISH = "ucp.converters.deepspeed_universal:finish_load"
@@ -153,7 +153,7 @@ def check_moves(moves: list[Move], deepspeed_cases: DeepSpeedCases, tmp_path: Pa
     written = {source: tmp_path / source for source in folders}
     for source, root in written.items():
         options = READ_OPTIONS.get(source)
-        convert(prepare(str(folders[source] / "ckpt"), str(root), to="deepspeed-universal", read_options=options))
+        convert(str(folders[source] / "ckpt"), str(root), to="deepspeed-universal", read_options=options)
     resumed = resume([request(move, written[move.source]) for move in moves], tmp_path / "resumed")
     wrong = {str(move): problems(move, folders[move.source], found) for move, found in zip(moves, resumed, strict=True)}
     assert not {move: found for move, found in wrong.items() if found}
@@ -201,7 +201,7 @@ def test_round_robin_jobs_are_refused(deepspeed_cases: DeepSpeedCases, tmp_path:
     case = CASES["z2_fp32_dp3_rr"]
     folder = deepspeed_cases([case])[case.name]
     conversion = prepare(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal")
-    convert(conversion)
+    carry_out(conversion)
     assert any("round_robin_gradients" in note for note in conversion.target.notes)
     asked = request(Move(case.name, 2, 3, {"round_robin": True}), tmp_path / "out")
     with pytest.raises(RuntimeError, match="FitError: this job sets round_robin_gradients"):
@@ -215,7 +215,7 @@ def test_values_are_loaded_whatever_the_jobs_groups(
 ) -> None:
     """ZeRO-1 and 2 walk the job's groups and the saved ones side by side; no group may be left out without a word."""
     folder = deepspeed_cases([CASES[source]])[source]
-    convert(prepare(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal"))
+    convert(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal")
     move = Move(source, 2, 2, {"groups": groups})
     # No step: torch's schedulers stop at another number of groups by themselves.
     (found,) = resume([dataclasses.replace(request(move, tmp_path / "out"), steps=0)], tmp_path / "resumed")
@@ -230,7 +230,7 @@ def test_the_client_state_comes_back(deepspeed_cases: DeepSpeedCases, tmp_path: 
     """What stock DeepSpeed hands back from the universal folder is what it hands back from its own checkpoint."""
     case = CASES["z1_fp32_dp2"]
     folder = deepspeed_cases([case])[case.name]
-    convert(prepare(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal"))
+    convert(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal")
     native = Resume(case=target(case), root=str(folder / "ckpt"), universal=False, first_step=case.steps, steps=1)
     ours = dataclasses.replace(native, root=str(tmp_path / "out"), universal=True, finish=FINISH)
     expected, found = (run.record["client_state"] for run in resume([native, ours], tmp_path / "resumed"))
@@ -252,7 +252,7 @@ def test_folders_of_deepspeeds_own_converter_are_sources(deepspeed_cases: DeepSp
             assert checkpoint.family == "deepspeed-universal"
             compare(checkpoint, load_file(str(folder / "truth.safetensors")), read_result(folder))
     out = tmp_path / "out"
-    convert(prepare(str(tmp_path / "z3_fp32_dp4"), str(out), to="deepspeed-universal"))
+    convert(str(tmp_path / "z3_fp32_dp4"), str(out), to="deepspeed-universal")
     move = Move("z3_fp32_dp4", 1, 4)
     (found,) = resume([request(move, out)], tmp_path / "resumed")
     assert problems(move, folders[move.source], found) == []
@@ -317,7 +317,7 @@ def test_an_interrupted_conversion_does_not_load(deepspeed_cases: DeepSpeedCases
     case = CASES["z3_fp32_dp2"]
     folder = deepspeed_cases([case])[case.name]
     conversion = prepare(str(folder / "ckpt"), str(tmp_path / "out"), to="deepspeed-universal")
-    convert(conversion)
+    carry_out(conversion)
     small = [path for path, _ in conversion.target.finish({})]
     order = [task.object for task in conversion.plan.tasks] + small
     assert order[-1] == "latest_universal"

@@ -16,7 +16,7 @@ from functools import wraps
 
 from ucp.converter import converter
 from ucp.errors import NotFoundError
-from ucp.run.convert import convert, prepare
+from ucp.run.convert import convert
 from ucp.store import local, open_store
 
 OPERATIONS = 0
@@ -73,7 +73,7 @@ def run_child(source: str, destination: str, family: str, limit: int) -> dict[st
     child = os.fork()
     if child == 0:
         kill_at(limit)
-        report = convert(prepare(source, destination, to=family), workers=1)
+        report = convert(source, destination, to=family, workers=1)
         os.write(into, json.dumps([OPERATIONS, report.resumed_objects, report.already_done]).encode())
         os._exit(0)
     os.close(into)

@@ -60,7 +60,7 @@ def command(
     The source is never modified and the destination is no checkpoint until everything is written and checked.
     Interrupted anywhere, the same command resumes; run on a complete result, it does nothing.
     """
-    from ucp.run.convert import convert, prepare
+    from ucp.run.convert import carry_out, prepare
 
     with _stoppable():
         conversion = prepare(
@@ -75,7 +75,7 @@ def command(
         for note in conversion.notes:
             out.remark(("note", "yellow"), "  ", note)
         with shown(out, "converting") as show:
-            report = convert(conversion, workers=workers, processes=processes, on_progress=show)
+            report = carry_out(conversion, workers=workers, processes=processes, on_progress=show)
     if out.mode == "json":
         out.json(_document(conversion, report))
     elif out.human:

@@ -79,8 +79,7 @@ def prepare(
 
     `check` compares replicas and low-precision copies with the tensors; `restart` throws away what an earlier,
     different run left unfinished. `read_options` go to the source's converter, `options` to the target's. Raises what
-    reading raises;
-    UsageError if the destination is the source or holds something else.
+    reading raises; UsageError if the destination is the source or holds something else.
     """
     catalog, source_store = read_catalog(source, family=family, **(read_options or {}))
     destination_store = open_store(destination)
@@ -95,6 +94,24 @@ def prepare(
 
 
 def convert(
+    source: str,
+    destination: str,
+    *,
+    workers: int | None = None,
+    processes: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> Report:
+    """Convert the checkpoint at `source` and write the result to `destination`; resumes what was cut short.
+
+    `options` are those of `prepare` (``to``, ``family``, ``check``, …), the others those of `carry_out`; it raises what
+    these two raise.
+    """
+    conversion = prepare(source, destination, **options)
+    return carry_out(conversion, workers=workers, processes=processes, on_progress=on_progress)
+
+
+def carry_out(
     conversion: Conversion,
     *,
     workers: int | None = None,
@@ -273,4 +290,4 @@ def _interruptible(destination: Store) -> Iterator[None]:
         ) from None
 
 
-__all__ = ["Conversion", "Progress", "Report", "convert", "prepare"]
+__all__ = ["Conversion", "Progress", "Report", "carry_out", "convert", "prepare"]
