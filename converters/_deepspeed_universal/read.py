@@ -95,7 +95,7 @@ def read(store: Store, *, tag: str | None = None) -> Catalog:
         url=store.url,
         source=Source(
             family="deepspeed-universal",
-            version=str(optimizer.get("ds_version", model.get("ds_version", ""))),
+            version=str(model.get("ds_version", optimizer.get("ds_version", ""))),
             mesh=Mesh({"dp": 1}),
         ),
         tensors=tensors,
