@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from ucp.errors import NotFoundError
+from ucp.errors import FitError, NotFoundError
 from ucp.layout import Mesh
 from ucp.plan import Cover, Fragment, Key, TensorSpec, Witness
 from ucp.tree import Tree
@@ -34,7 +34,8 @@ class Tensor:
     """One logical tensor with all its states. `value` is the highest-precision copy there is.
 
     `kind`: a *parameter* is trained, a *frozen* one is not, a *buffer* is no parameter. `dims` names the dims where a
-    program does.
+    program does. `undecided` is set where the source does not tell which of its optimizer states are this parameter's,
+    if any: it says what would settle it. Those states are carried in `Catalog.state`, and must not be taken for absent.
     """
 
     name: str
@@ -42,11 +43,22 @@ class Tensor:
     states: Mapping[str, TensorSpec]
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
     dims: tuple[str, ...] | None = None
+    undecided: str | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all states, padding not counted."""
         return sum(spec.nbytes for spec in self.states.values())
+
+    def lacks(self, state: str, url: str) -> NotFoundError | FitError:
+        """The error for a state that is asked for and not there: FitError where it may exist and is `undecided`."""
+        if self.undecided is not None:
+            return FitError(
+                f"{url}: it cannot be told which {state!r} in the optimizer is that of {self.name}, if any",
+                hint=self.undecided,
+            )
+        has = " ".join([*self.states, *self.scalars])
+        return NotFoundError(f"{url}: {self.name} has no state {state!r}", hint=f"it has: {has}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +124,10 @@ class Catalog:
     def _covers(self) -> dict[Key, Cover]:
         return {}
 
+    @cached_property
+    def _checked(self) -> dict[str, Witness]:
+        return {}
+
     def resolve(self, name: str) -> str:
         """The canonical name of `name`, which may be an alias; NotFoundError with the nearest names otherwise."""
         name = self.ties.get(name, name)
@@ -122,25 +138,24 @@ class Catalog:
     def cover(self, name: str, state: str) -> Cover:
         """The checked fragments of one state of one tensor.
 
-        NotFoundError if there is no such tensor or state, FitError if the fragments do not hold every element once.
+        NotFoundError if there is no such tensor or state, FitError if the fragments do not hold every element once, or
+        if the source does not tell which state is this tensor's.
         """
         key = Key(self.resolve(name), state)
         if key not in self._covers:
             states = self.tensors[key.name].states
             if state not in states:
-                raise NotFoundError(
-                    f"{self.url}: {key.name} has no state {state!r}", hint=f"it has: {' '.join(states)}"
-                )
+                raise self.tensors[key.name].lacks(state, self.url)
             self._covers[key] = Cover.of(key, states[state], self.fragments[key])
         return self._covers[key]
 
     def witness(self, name: str) -> Witness | None:
         """The low-precision copy of ``value`` that must agree with it, where the source keeps one."""
         name = self.resolve(name)
-        if name not in self.witnesses:
-            return None
-        spec, fragments = self.witnesses[name]
-        return Witness(Cover.of(Key(name, "low-precision copy"), spec, fragments))
+        if name in self.witnesses and name not in self._checked:
+            spec, fragments = self.witnesses[name]
+            self._checked[name] = Witness(Cover.of(Key(name, "low-precision copy"), spec, fragments))
+        return self._checked.get(name)
 
     def unchecked(self) -> Catalog:
         """The same catalog without low-precision copies and replicas to compare with."""

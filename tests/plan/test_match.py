@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 from ucp.errors import FitError
 from ucp.layout import Box, FlatRange, boxes, numel
 from ucp.plan import Cover, Extent, Fragment, Key, TensorSpec
-from ucp.testing.strategies import extents, fragmentations, regions, shapes
+from ucp.testing.strategies import extents, fragmentations, regions, regular_boxes, shapes
 
 KEY = Key("w", "value")
 
@@ -89,6 +91,34 @@ def test_overlap_hidden_by_an_equal_total_is_found():
     fragments = [Fragment(b, Extent.contiguous(f"f{i}", 0, b.shape, "int32")) for i, b in enumerate(parts)]
     with pytest.raises(FitError):
         Cover.of(KEY, TensorSpec(shape, "int32"), fragments)
+
+
+@given(st.data())
+def test_boxes_cover_exactly_when_every_element_is_in_one(data):
+    """Any boxes at all, against an oracle that counts."""
+    shape = data.draw(shapes(max_dims=3, max_side=4))
+    parts = data.draw(st.lists(regular_boxes(shape), min_size=1, max_size=6))
+    counts = np.zeros(shape, int)
+    for box in parts:
+        counts[tuple(map(slice, box.start, box.stop))] += 1
+    fragments = [Fragment(box, Extent.contiguous("f", 0, box.shape, "int32")) for box in parts]
+    if (counts == 1).all():
+        Cover.of(KEY, TensorSpec(shape, "int32"), fragments)
+    else:
+        with pytest.raises(FitError):
+            Cover.of(KEY, TensorSpec(shape, "int32"), fragments)
+
+
+@pytest.mark.parametrize("grid", [(1, 2048), (2048, 1), (64, 32)])
+def test_thousands_of_shards_are_checked_at_once(grid):
+    """A tensor cut over the columns of 2,048 ranks took a minute when every pair of shards was compared."""
+    shape = (grid[0] * 2, grid[1] * 2, 3)
+    starts = [(2 * row, 2 * column, 0) for row in range(grid[0]) for column in range(grid[1])]
+    fragments = [Fragment(Box(start, (2, 2, 3)), Extent.contiguous("f", 0, (2, 2, 3), "int32")) for start in starts]
+    start = time.process_time()
+    cover = Cover.of(KEY, TensorSpec(shape, "int32"), fragments)
+    assert time.process_time() - start < 3
+    assert len(cover.fragments) == 2048
 
 
 def test_replicas_are_kept_apart_and_offered_for_comparison():

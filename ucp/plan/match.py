@@ -5,9 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import lt
 
 from ucp.errors import FitError
-from ucp.layout import Box, FlatRange, as_flat, boxes
+from ucp.layout import FlatRange, as_flat, boxes
 from ucp.plan.fragment import Copy, Fragment, Key, TensorSpec, common
 
 
@@ -29,8 +31,8 @@ class Cover:
     def of(cls, key: Key, spec: TensorSpec, fragments: Sequence[Fragment]) -> Cover:
         """Check and sort `fragments`.
 
-        Raises FitError naming the tensor for a fragment outside the shape, a hole, or two fragments of the same
-        replica number that overlap.
+        Raises FitError naming the tensor for a fragment outside the shape, a hole, or two primary copies that overlap.
+        Further replicas may overlap and need not be whole.
         """
         for fragment in fragments:
             if not fragment.region.within(spec.shape):
@@ -101,16 +103,17 @@ def _hole(key: Key, start: int, stop: int) -> FitError:
 
 def _check_boxes(key: Key, spec: TensorSpec, fragments: Sequence[Fragment]) -> None:
     """Disjoint boxes inside the shape whose sizes add up to it cover it: no grid needed."""
-    cut: list[tuple[Box, Fragment]] = [(box, f) for f in fragments for box in boxes(f.region, spec.shape)]
-    cut.sort(key=lambda pair: pair[0].start)
-    for i, (box, fragment) in enumerate(cut):
-        for other, holder in cut[i + 1 :]:
-            if spec.shape and other.start[0] >= box.stop[0]:
+    cut = [(box.start, box.stop, f) for f in fragments for box in boxes(f.region, spec.shape)]
+    dim = max(range(len(spec.shape)), key=lambda d: len({start[d] for start, _, _ in cut}), default=0)
+    cut.sort(key=lambda held: held[0][dim : dim + 1])
+    for i, (start, stop, fragment) in enumerate(cut):
+        for other_start, other_stop, holder in islice(cut, i + 1, None):
+            if spec.shape and other_start[dim] >= stop[dim]:
                 break
-            if box.intersect(other):
+            if all(map(lt, start, other_stop)) and all(map(lt, other_start, stop)):
                 names = f"{fragment.extent.object} and {holder.extent.object}"
-                raise FitError(f"{key}: {box} and {other} overlap, in {names}")
-    held = sum(box.size for box, _ in cut)
+                raise FitError(f"{key}: {fragment.region} and {holder.region} overlap, in {names}")
+    held = sum(fragment.region.size for fragment in fragments)
     if held != spec.size:
         raise FitError(
             f"{key}: fragments hold {held} of {spec.size} elements",
