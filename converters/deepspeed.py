@@ -33,12 +33,13 @@ class DeepSpeed:
         """The catalog of one checkpoint.
 
         `tag` chooses one of a save root; without it, the one ``latest`` names. `frozen` are patterns such as
-        ``adapter.*`` of parameters that were not trained: ZeRO 0 does not save which these are, and needs to be told
-        where shapes leave more than one possibility.
+        ``adapter.*`` of parameters that were not trained: ZeRO 0 does not save which these are. Where shapes and their
+        order leave more than one possibility, the parameters concerned are `undecided` until told: their values are
+        there, and the states that may be theirs are in ``state["optimizer"]["unnamed"]``.
 
         NotFoundError for a missing tag or rank file, ConflictError for files of different saves, CorruptError for
         damage or sizes that contradict shapes, FitError for what cannot be read (tensor parallelism, experts spread
-        over ranks, unknown optimizers, ambiguous names under ZeRO 0), UnsafeError for a malicious file.
+        over ranks, unknown optimizers), UnsafeError for a malicious file.
         """
         if options:
             raise UsageError(f"deepspeed: unknown option {next(iter(options))!r}", hint="known: tag frozen")

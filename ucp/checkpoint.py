@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from ucp.catalog import Catalog, Kind, ParamGroup
 from ucp.converter import read_catalog
-from ucp.errors import NotFoundError
 from ucp.layout import Mesh, Shape
 from ucp.lazy import LazyTensor, lazy_tree, of_scalar, of_state
 from ucp.store import Store
@@ -91,8 +90,7 @@ class StoredTensor(_Lookup[LazyTensor]):
             return of_state(self._catalog, self._store, self.name, state)
         if state in tensor.scalars:
             return of_scalar(f"{self.name}[{state}]", tensor.scalars[state])
-        has = " ".join(self)
-        raise NotFoundError(f"{self._catalog.url}: {self.name} has no state {state!r}", hint=f"it has: {has}")
+        raise tensor.lacks(state, self._catalog.url)
 
     def __contains__(self, state: object) -> bool:
         tensor = self._catalog.tensors[self.name]

@@ -90,7 +90,8 @@ def _tensors(found: Found, weights: Weights) -> tuple[dict[str, Tensor], dict[Ke
             states = found.states[name]
             fragments.update({Key(name, state): stored.fragments for state, stored in states.items()})
             specs = {state: stored.spec for state, stored in states.items()}
-            tensors[name] = Tensor(name, "parameter", specs, found.scalars.get(name, {}))
+            scalars, undecided = found.scalars.get(name, {}), found.undecided.get(name)
+            tensors[name] = Tensor(name, "parameter", specs, scalars, undecided=undecided)
         else:
             held = weights.values[name]
             fragments[Key(name, "value")] = held.fragments
@@ -116,7 +117,8 @@ def _source(save: Save, found: Found, weights: Weights) -> Source:
     version = str(save.model(0).root.get("ds_version", ""))
     config = save.model(0).root.get("ds_config")
     named = config.get("optimizer") if isinstance(config, Mapping) else None
-    masters = sorted({states["value"].spec.dtype for states in found.states.values() if "value" in states})
+    decided = (states for name, states in found.states.items() if name not in found.undecided)
+    masters = sorted({states["value"].spec.dtype for states in decided if "value" in states})
     return Source(
         "deepspeed",
         version,

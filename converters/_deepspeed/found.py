@@ -30,7 +30,8 @@ class Found:
     """What the optimizer of one model-parallel rank holds.
 
     `shapes` has every optimized parameter in the optimizer's order; `states` is by name and state; `rest` is, by
-    data-parallel rank, what is in the files beside it.
+    data-parallel rank, what is in the files beside it. `undecided` are parameters that it may own or not, each with
+    what would settle it; `tied` are those of which several pipeline stages hold a copy, where names do not say so.
     """
 
     shapes: dict[str, Shape] = field(default_factory=dict)
@@ -39,6 +40,8 @@ class Found:
     groups: list[ParamGroup] = field(default_factory=list)
     rest: dict[int, dict[str, Tree]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    undecided: dict[str, str] = field(default_factory=dict)
+    tied: set[str] = field(default_factory=set)
 
     def add(self, name: str, state: str, stored: Stored) -> None:
         """One more state of a parameter."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 
 from ucp.errors import FitError
 from ucp.layout import Shape
@@ -13,7 +14,7 @@ from ucp.store import Store
 from ucp.tree import TensorLeaf, Tree
 
 from . import nodes
-from .infer import deal
+from .infer import Choices, Matches, deal
 from .rounding import is_rounded
 
 _FLOATS = ("float", "bfloat", "complex")
@@ -21,7 +22,10 @@ _INFERRED = (
     "names of optimizer states were inferred from shapes, in the module's order of parameters: ZeRO 0 saves no names"
 )
 _FROM_VALUES = "; where shapes left a choice, the low-precision copies decided"
-_HINT = "name the parameters that were not trained, for example frozen='adapter.*', or save with ZeRO 1"
+_REMEDY = (
+    "name the parameters that were not trained, for example frozen='adapter.*' (on the command line: "
+    "-o 'frozen=adapter.*'), when the DeepSpeed checkpoint is read; or save it with ZeRO 1, which saves names"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,80 +73,108 @@ def candidates_of(entries: Mapping[str, Tree], buffers: set[str], frozen: Sequen
     return Candidates(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names of numbered members.
+
+    `certain` has, for each member of each group, its name, or None where there is doubt. `open` has the candidates that
+    may be one of those members or none, each with what would settle it.
+    """
+
+    certain: list[list[str | None]]
+    open: dict[str, str]
+    notes: list[str]
+
+
 def names_of(
     store: Store,
     candidates: Candidates,
     groups: Sequence[Sequence[Member]],
     hints: Sequence[Sequence[Tree]],
     path: str,
-) -> tuple[list[list[str]], list[str]]:
-    """Names of all members by group, and remarks. `hints` are the groups' ``param_names`` where saved.
+) -> Names:
+    """The names of all members by group: what all order-preserving assignments that fit have in common.
 
-    FitError if no order-preserving assignment exists, or more than one.
+    `hints` are the groups' ``param_names`` where saved, which are believed if they fit.
     """
     if _hints_hold(candidates, groups, hints):
-        return [[str(name) for name in names] for names in hints], []
-    names = list(candidates.leaves)
-    leaves = list(candidates.leaves.values())
+        return Names([[str(name) for name in names] for names in hints], {}, [])
+    names, note = list(candidates.leaves), _INFERRED
     sizes = [len(group) for group in groups]
-    note = _INFERRED
-
-    def shapes_match(c: int, g: int, i: int) -> bool:
-        return groups[g][i].may_be(leaves[c].extent.shape)
-
+    shapes_match = _by_shape(candidates, groups)
     dealt = deal(len(names), sizes, shapes_match)
-    if dealt is not None and dealt.ways > 1 and any(member.master for group in groups for member in group):
-        known: dict[tuple[int, int, int], bool] = {}
-
-        def values_match(c: int, g: int, i: int) -> bool:
-            master = groups[g][i].master
-            if not shapes_match(c, g, i) or master is None:
-                return False
-            if (c, g, i) not in known:
-                known[c, g, i] = is_rounded(store, master, leaves[c])
-            return known[c, g, i]
-
-        dealt = deal(len(names), sizes, values_match)
-        note += _FROM_VALUES
     if dealt is None:
-        raise FitError(
-            f"{path}: the optimizer's {sum(sizes)} parameters are not in the order of the module's {len(names)}",
-            hint="ZeRO 0 saves no names; give the optimizer named parameters, or save with ZeRO 1",
-        )
-    if dealt.ways > 1:
-        left = [name for c, name in enumerate(names) if not any(c in group for group in dealt.groups)]
-        raise FitError(
-            f"{path}: shapes do not tell which {sum(sizes)} of the module's {len(names)} parameters the optimizer owns "
-            f"and in which group; leaving out {' '.join(left[:6]) or 'none'} is one way",
-            hint=_HINT,
-        )
-    return [[names[c] for c in group] for group in dealt.groups], [note]
+        return unnamed(names, sizes, path, f"the optimizer's {sum(sizes)} parameters are not in the module's order")
+    if _ambiguous(dealt) and any(member.master for group in groups for member in group):
+        by_value = deal(len(names), sizes, _by_value(store, candidates, groups, shapes_match))
+        dealt, note = (by_value, note + _FROM_VALUES) if by_value is not None else (dealt, note)
+    certain = [[names[possible[0]] if len(possible) == 1 else None for possible in group] for group in dealt]
+    doubtful = {c for group in dealt for possible in group if len(possible) > 1 for c in possible}
+    if not doubtful:
+        return Names(certain, {}, [note])
+    left, remarks = undecided([names[c] for c in sorted(doubtful)], path, "shapes do not tell which of them it owns")
+    return Names(certain, left, [note, *remarks])
 
 
-def flat_names(store: Store, candidates: Candidates, masters: Sequence[TensorLeaf], path: str) -> list[list[str]]:
+def unnamed(names: Sequence[str], sizes: Sequence[int], path: str, why: str) -> Names:
+    """Nothing is certain of groups of `sizes`."""
+    return Names([[None] * size for size in sizes], *undecided(names, path, why))
+
+
+def undecided(names: Sequence[str], path: str, why: str) -> tuple[dict[str, str], list[str]]:
+    """For names of which the optimizer's part is not known: what would settle each, and a remark."""
+    remark = (
+        f"{path}: the optimizer states of {' '.join(names[:8])}{' …' if len(names) > 8 else ''} "
+        f"({len(names)} of the module's parameters) cannot be told apart: {why}. They are carried as they are, in "
+        f"state['optimizer']['unnamed']. To settle it, {_REMEDY}"
+    )
+    return dict.fromkeys(names, _REMEDY), [remark]
+
+
+def _ambiguous(dealt: Choices) -> bool:
+    return any(len(possible) > 1 for group in dealt for possible in group)
+
+
+def _by_shape(candidates: Candidates, groups: Sequence[Sequence[Member]]) -> Matches:
+    shapes = [leaf.extent.shape for leaf in candidates.leaves.values()]
+
+    @cache
+    def fits(shape: Shape, g: int, i: int) -> bool:
+        return groups[g][i].may_be(shape)
+
+    return lambda c, g, i: fits(shapes[c], g, i)
+
+
+def _by_value(
+    store: Store, candidates: Candidates, groups: Sequence[Sequence[Member]], shapes_match: Matches
+) -> Matches:
+    leaves = list(candidates.leaves.values())
+
+    @cache
+    def fits(c: int, g: int, i: int) -> bool:
+        master = groups[g][i].master
+        return master is not None and shapes_match(c, g, i) and is_rounded(store, master, leaves[c])
+
+    return fits
+
+
+def flat_names(store: Store, candidates: Candidates, masters: Sequence[TensorLeaf]) -> list[list[str] | None]:
     """Names of each flat group in flat order: the module's parameters are views of flat 16-bit tensors of that order.
 
-    FitError if the module does not show which these are.
+    None for a group of which the module does not show which these are.
     """
     runs = _runs(candidates)
-    found: list[list[str]] = []
-    for g, master in enumerate(masters):
-        fitting = [
+    leaves = [_joined([candidates.leaves[name] for name in run]) for run in runs]
+    found = [
+        [
             run
-            for run in runs
-            if sum(candidates.leaves[name].extent.size for name in run) == master.extent.size
-            and is_rounded(store, master, _joined([candidates.leaves[name] for name in run]))
+            for run, leaf in zip(runs, leaves, strict=True)
+            if leaf.extent.size == master.extent.size and is_rounded(store, master, leaf)
         ]
-        if len(fitting) != 1:
-            raise FitError(
-                f"{path}: the module does not show which parameters lie in flat group {g} of {master.extent.size} "
-                f"elements ({len(fitting)} possibilities)",
-                hint=_HINT,
-            )
-        found.append(fitting[0])
-    if len({name for names in found for name in names}) != sum(map(len, found)):
-        raise FitError(f"{path}: two flat groups look alike", hint=_HINT)
-    return found
+        for master in masters
+    ]
+    wanted = [run for fitting in found for run in fitting]
+    return [fitting[0] if len(fitting) == 1 and wanted.count(fitting[0]) == 1 else None for fitting in found]
 
 
 def _hints_hold(candidates: Candidates, groups: Sequence[Sequence[Member]], hints: Sequence[Sequence[Tree]]) -> bool:

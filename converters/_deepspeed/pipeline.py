@@ -80,14 +80,19 @@ def merge_stages(store: Store, stages: Sequence[Found]) -> tuple[Found, dict[int
     own: dict[int, dict[str, dict[str, Tree]]] = {}
     for number, stage in enumerate(stages):
         merged.notes += [note for note in stage.notes if note not in merged.notes]
+        merged.undecided.update(stage.undecided)
         for name, shape in stage.shapes.items():
             if name not in merged.shapes:
                 merged.shapes[name] = shape
                 merged.states[name] = stage.states[name]
                 merged.scalars[name] = stage.scalars.get(name, {})
-            elif not name.startswith(TIED) or merged.shapes[name] != shape:
+            elif not (name.startswith(TIED) or name in stage.tied) or merged.shapes[name] != shape:
                 raise CorruptError(f"{name} is in the optimizer of two pipeline stages, and no tied layer")
-            elif _trained_apart(store, merged.states[name]["value"], stage.states[name]["value"]):
+            elif any(
+                _trained_apart(store, merged.states[name][state], stored)
+                for state, stored in stage.states[name].items()
+                if state in merged.states[name]
+            ):
                 own.setdefault(number, {})[name] = {s: _pieces(stored) for s, stored in stage.states[name].items()}
             else:
                 _add_replicas(merged.states[name], stage.states[name])
@@ -134,7 +139,7 @@ def _pieces(stored: Stored) -> list[TensorLeaf]:
 
 
 def _trained_apart(store: Store, first: Stored, other: Stored) -> bool:
-    """Whether two copies hold wholly different values somewhere, seen from a few short samples of their values.
+    """Whether two copies of a state hold wholly different values somewhere, seen from a few short samples of them.
 
     Damage to a copy that is in step is found when the replicas are compared in full.
     """

@@ -3,7 +3,8 @@
 In fp32 it is the torch optimizer's own state dict, keyed by number. In fp16 and bf16 one of two wrappers saves fp32
 masters beside it: per parameter (``fp32_groups``, deepspeed/runtime/fp16/unfused_optimizer.py) or one flat tensor per
 group (``fp32_groups_flat``, deepspeed/runtime/fp16/fused_optimizer.py). Names are nowhere saved, unless the optimizer
-was made with named parameters (``param_names``, torch/optim/optimizer.py); `naming` finds them.
+was made with named parameters (``param_names``, torch/optim/optimizer.py); `naming` finds them. States whose parameter
+cannot be told are carried as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from . import nodes
 from .flat import flat_group
 from .found import Found, Stored, place, place_group, scalar_of
 from .load import RankFile, Save
-from .naming import Candidates, Member, flat_names, names_of
+from .naming import Candidates, Member, flat_names, names_of, undecided
 from .same import Comparison
+from .stages import stage_names
 
 _BESIDE_OPTIONS = ("params", "param_names")
 _UNKNOWN_HINT = "known are torch optimizers and DeepSpeed's FP16_Optimizer and FP16_UnfusedOptimizer"
@@ -54,7 +56,7 @@ class Saved:
 def read_plain_optimizers(store: Store, save: Save, comparison: Comparison, candidates: Candidates) -> dict[int, Found]:
     """The optimizer of every pipeline stage, with the names found among `candidates`.
 
-    FitError for an unknown structure and where names cannot be told.
+    FitError for an unknown structure.
     """
     saved = [_saved(save.model(mp)) for mp in range(save.mesh["pp"])]
     present = [one for one in saved if one is not None]
@@ -106,21 +108,40 @@ def _untrained(candidates: Candidates) -> Found:
 def _read_plain(
     store: Store, saved: Sequence[Saved], comparison: Comparison, candidates: Candidates
 ) -> dict[int, Found]:
-    members = [_members(one) for one in saved]
-    count = len(saved[0].groups)
-    joined = [[member for groups in members for member in groups[g]] for g in range(count)]
-    hints = [[name for one in saved for name in one.groups[g].get("param_names") or ()] for g in range(count)]
-    named, notes = names_of(store, candidates, joined, hints, saved[0].path)
-    queues = [iter(names) for names in named]
+    stages = [_members(one) for one in saved]
+    hints = [[group.get("param_names") or () for group in one.groups] for one in saved]
+    tied: set[str] = set()
+    if len(saved) == 1:
+        named = [names_of(store, candidates, stages[0], hints[0], saved[0].path)]
+    else:
+        named, tied = stage_names(store, candidates, stages, hints, saved[0].path)
     found: dict[int, Found] = {}
-    for mp, one in enumerate(saved):
-        stage = found[mp] = Found(notes=list(notes), rest={0: dict(one.rest)})
-        for g, group in enumerate(members[mp]):
-            names = [next(queues[g]) for _ in group]
-            for name, member in zip(names, group, strict=True):
-                _place_member(stage, name, member, candidates.leaves[name], comparison)
-            stage.groups.append(ParamGroup(tuple(names), _options(one.groups[g])))
+    for mp, (one, names, groups) in enumerate(zip(saved, named, stages, strict=True)):
+        stage = found[mp] = Found(notes=list(names.notes), rest={0: dict(one.rest)}, tied=tied)
+        for g, members in enumerate(groups):
+            for name, number, member in zip(names.certain[g], one.numbers(g), members, strict=True):
+                if name is None:
+                    _carry(stage, {"group": g, "number": number}, member.master, member.state)
+                else:
+                    _place_member(stage, name, member, candidates.leaves[name], comparison)
+            certain = tuple(name for name in names.certain[g] if name is not None)
+            stage.groups.append(ParamGroup(certain, _options(one.groups[g])))
+        _leave_open(stage, names.open, candidates)
     return found
+
+
+def _carry(found: Found, where: dict[str, Tree], master: Tree, states: Mapping[str, Tree]) -> None:
+    """Keep the states of parameters whose names are not known as they are."""
+    held = {"master": master, "states": dict(states)} if master is not None else {"states": dict(states)}
+    found.rest[0].setdefault("unnamed", []).append({**where, **held})
+
+
+def _leave_open(found: Found, undecided: Mapping[str, str], candidates: Candidates) -> None:
+    """Parameters that may be the unnamed ones: their values are the module's own."""
+    found.undecided.update(undecided)
+    for name in undecided:
+        found.shapes[name] = candidates.leaves[name].extent.shape
+        found.add(name, "value", _whole(candidates.leaves[name]))
 
 
 def _members(one: Saved) -> list[list[Member]]:
@@ -158,18 +179,35 @@ def _read_flat(store: Store, one: Saved, comparison: Comparison, candidates: Can
     assert one.masters is not None
     found = Found(rest={0: dict(one.rest)})
     masters = [nodes.tensor(master, f"{one.path}: fp32_groups_flat") for master in one.masters]
-    for g, names in enumerate(flat_names(store, candidates, masters, one.path)):
-        where = f"{one.path}: group {g}"
-        shapes: dict[str, Shape] = {name: candidates.leaves[name].extent.shape for name in names}
-        layout = flat_group(shapes, paddings=None, lengths=[masters[g].extent.size], ends=[0], where=where)
-        found.shapes.update(shapes)
-        place(found, layout, "value", [masters[g]], where)
-        states = one.state(one.numbers(g)[0])
-        left = place_group(found, layout, [states], comparison, where)[0]
-        if left:
-            found.rest[0].setdefault("state", {})[g] = left
-        found.groups.append(ParamGroup(tuple(names), _options(one.groups[g])))
+    named = flat_names(store, candidates, masters)
+    for g, names in enumerate(named):
+        numbers = one.numbers(g)
+        states = one.state(numbers[0]) if numbers else {}
+        if names is None:
+            _carry(found, {"group": g}, masters[g], states)
+        else:
+            _place_flat(found, one, g, {name: candidates.leaves[name].extent.shape for name in names}, comparison)
+        found.groups.append(ParamGroup(tuple(names or ()), _options(one.groups[g])))
+    if None in named:
+        left = [name for name in candidates.leaves if name not in found.shapes]
+        why = f"the module does not show which of them lie in flat group {named.index(None)}"
+        undecided_names, notes = undecided(left, one.path, why)
+        found.notes += notes
+        _leave_open(found, undecided_names, candidates)
     return found
+
+
+def _place_flat(found: Found, one: Saved, g: int, shapes: dict[str, Shape], comparison: Comparison) -> None:
+    """All states of a group whose parameters lie back to back in flat tensors."""
+    assert one.masters is not None
+    where = f"{one.path}: group {g}"
+    layout = flat_group(shapes, paddings=None, lengths=[one.masters[g].extent.size], ends=[0], where=where)
+    found.shapes.update(shapes)
+    place(found, layout, "value", [one.masters[g]], where)
+    numbers = one.numbers(g)
+    left = place_group(found, layout, [one.state(numbers[0]) if numbers else {}], comparison, where)[0]
+    if left:
+        found.rest[0].setdefault("state", {})[g] = left
 
 
 def _options(group: Mapping[str, Tree]) -> dict[str, Tree]:

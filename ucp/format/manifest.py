@@ -174,6 +174,8 @@ def _tensor(record: Record) -> Json:
         found["scalars"] = {
             key: {"value": _PLAIN.encode(scalar.value), "dtype": scalar.dtype} for key, scalar in tensor.scalars.items()
         }
+    if tensor.undecided is not None:
+        found["undecided"] = tensor.undecided
     return found | dict(record.extra)
 
 

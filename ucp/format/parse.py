@@ -26,7 +26,7 @@ _KINDS = ("parameter", "frozen", "buffer")
 _MOST = 2**63
 _MOST_DIMS = 32
 
-TENSOR_MEMBERS = frozenset({"name", "kind", "dims", "arrays", "scalars"})
+TENSOR_MEMBERS = frozenset({"name", "kind", "dims", "arrays", "scalars", "undecided"})
 """Members of a tensor that this version knows."""
 
 
@@ -109,7 +109,8 @@ def record(doc: Json, decoder: Decoder, block_bytes: int, where: str) -> Record:
     dims = tuple(items(doc, "dims", str, where)) if "dims" in doc else None
     held = members({"scalars": {}, **doc}, "scalars", dict, where)
     scalars = {key: _scalar(value, decoder, f"{where}: {key}") for key, value in held}
-    tensor = Tensor(name, cast("Kind", kind), dict(specs), scalars, dims)
+    undecided = text(doc, "undecided", where) if "undecided" in doc else None
+    tensor = Tensor(name, cast("Kind", kind), dict(specs), scalars, dims, undecided)
     return Record(tensor, arrays, {key: value for key, value in doc.items() if key not in TENSOR_MEMBERS})
 
 

@@ -90,6 +90,8 @@ def _plan_slot(job: Job, slot: Slot) -> None:
             job.fills.append(Fill(slot.tensor, job.catalog.cover(source, slot.state), covers))
     elif slot.state in tensor.scalars:
         _plan_number(job, slot, source)
+    elif tensor.undecided is not None:
+        job.findings.undecided(slot.label, tensor.undecided)
     else:
         job.findings.missing(slot.label, slot.state, [*tensor.states, *tensor.scalars])
 
@@ -145,6 +147,10 @@ def _all_selected(job: Job, group: Group, number: int) -> bool:
 def _plan_parameter(
     job: Job, optimizer: Optimizer, group: Group, made: ParameterPlan, templates: dict[Any, State]
 ) -> None:
+    undecided = job.catalog.tensors[made.source].undecided
+    if undecided is not None:
+        job.findings.undecided(f"{made.name}[optimizer state]", undecided)
+        return
     value = job.catalog.tensors[made.source].states.get("value")
     if value is None or value.shape != tuple(made.parameter.shape):
         return

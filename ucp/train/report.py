@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple
 
 from ucp.errors import FitError
 
-ProblemKind = Literal["missing", "unexpected", "shape", "dtype", "hyper-parameters", "map", "ties", "memory"]
+ProblemKind = Literal[
+    "missing", "unexpected", "shape", "dtype", "hyper-parameters", "map", "ties", "memory", "undecided"
+]
 _MOST_SHOWN = 30
 
 
@@ -43,10 +45,16 @@ class Findings:
     renamed: dict[str, str] = field(default_factory=dict)
     without_state: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    remedy: str | None = None
 
     def add(self, kind: ProblemKind, subject: str, detail: str = "") -> None:
         """Note a problem."""
         self.problems.append(Problem(kind, subject, detail))
+
+    def undecided(self, subject: str, remedy: str) -> None:
+        """Note that the source does not tell which state is this one; `remedy` would settle it."""
+        self.add("undecided", subject, "the source does not tell which state is its own, if any")
+        self.remedy = remedy
 
     def missing(self, subject: str, name: str, known: Iterable[str]) -> None:
         """Note that the source lacks `name`, with the names of `known` that come nearest."""
@@ -62,7 +70,7 @@ class Findings:
         tolerated = () if strict else ("missing", "unexpected")
         problems = [problem for problem in self.problems if problem.kind not in tolerated]
         if problems:
-            raise FitError(_message(url, problems), hint=_hint(problems))
+            raise FitError(_message(url, problems), hint=self.remedy or _hint(problems))
 
 
 def _message(url: str, problems: Sequence[Problem]) -> str:

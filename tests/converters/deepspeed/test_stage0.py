@@ -11,11 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.converters.deepspeed.audit import audit_bytes, audit_entries
 from tests.converters.deepspeed.oracle import read_state, read_witness
 from ucp.catalog import Catalog
+from ucp.checkpoint import open_checkpoint
+from ucp.container.torchfile import leaf_numpy
 from ucp.converters.deepspeed import CONVERTER
 from ucp.errors import CorruptError, FitError
+from ucp.run.convert import convert
 from ucp.store import open_store
+from ucp.train.load import load
 
 MODULE = {"embed": (7, 4), "a.w": (4, 4), "a.b": (4,), "frozen.w": (3, 4), "c.w": (4, 4), "c.b": (4,)}
 DECAY, PLAIN = ["embed", "a.w", "c.w"], ["a.b", "c.b"]
@@ -66,14 +71,74 @@ def test_two_groups_are_named_by_the_order_of_shapes(tmp_path: Path) -> None:
     assert not catalog.witnesses
 
 
-def test_shapes_that_leave_a_choice_are_refused_until_told(tmp_path: Path) -> None:
-    module = make({**MODULE, "frozen.w": (4, 4)})
+UNTOLD = {**MODULE, "frozen.w": (4, 4)}
+OPEN = {"a.w", "frozen.w", "c.w"}
+
+
+def test_where_shapes_leave_a_choice_the_rest_is_placed_and_nothing_is_lost(tmp_path: Path) -> None:
+    module = make(UNTOLD)
     save(tmp_path, module, adam(module, [DECAY, PLAIN]))
-    with pytest.raises(FitError, match="shapes do not tell") as error:
-        read(tmp_path)
-    assert "frozen=" in str(error.value.hint)
-    for told in ("frozen.*", ["frozen.w"]):
-        check_moments(tmp_path, read(tmp_path, frozen=told), module, [*DECAY, *PLAIN])
+    catalog = read(tmp_path)
+    assert {name for name, tensor in catalog.tensors.items() if tensor.undecided} == OPEN
+    check_moments(tmp_path, catalog, module, ["embed", *PLAIN])
+    for name in OPEN:
+        assert np.array_equal(numbers(tmp_path, catalog, name, "value"), module[name].numpy())
+        assert set(catalog.tensors[name].states) == {"value"}
+    unnamed = catalog.state["optimizer"]["unnamed"]
+    assert [(held["group"], held["number"]) for held in unnamed] == [(0, 1), (0, 2)]
+    for held, name in zip(unnamed, ["a.w", "c.w"], strict=True):
+        found = leaf_numpy(open_store(str(tmp_path)), held["states"]["exp_avg"])
+        assert np.array_equal(found, (module[name] + 1).numpy())
+    assert [group.params for group in catalog.param_groups] == [("embed",), tuple(PLAIN)]
+    (note,) = [note for note in catalog.notes if "cannot be told apart" in note]
+    assert "a.w frozen.w c.w" in note and "frozen=" in note
+    assert audit_bytes(tmp_path, catalog) == audit_entries(tmp_path, catalog) == []
+
+
+@pytest.mark.parametrize("told", ["frozen.*", ["frozen.w"]])
+def test_told_what_is_frozen_everything_is_placed(tmp_path: Path, told: str | list[str]) -> None:
+    module = make(UNTOLD)
+    save(tmp_path, module, adam(module, [DECAY, PLAIN]))
+    catalog = read(tmp_path, frozen=told)
+    check_moments(tmp_path, catalog, module, [*DECAY, *PLAIN])
+    assert not any(tensor.undecided for tensor in catalog.tensors.values())
+    assert catalog.tensors["frozen.w"].kind == "frozen"
+
+
+def is_undecided(error: pytest.ExceptionInfo[FitError]) -> bool:
+    return "frozen=" in str(error.value.hint) and any(name in error.value.message for name in OPEN)
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["deepspeed", "universal"])
+def test_states_that_nobody_can_place_are_never_taken_for_absent(tmp_path: Path, converted: bool) -> None:
+    module = make(UNTOLD)
+    url = tmp_path / "source"
+    url.mkdir()
+    save(url, module, adam(module, [DECAY, PLAIN]))
+    if converted:
+        convert(str(url), str(tmp_path / "universal"))
+        url = tmp_path / "universal"
+    live = torch.nn.ParameterDict({name.replace(".", "_"): torch.nn.Parameter(v * 0) for name, v in module.items()})
+    names = {name.replace(".", "_"): name for name in module}
+    with open_checkpoint(str(url)) as ckpt:
+        assert all(torch.equal(ckpt[name]["value"][...], value) for name, value in module.items())
+        assert torch.equal(ckpt["embed"]["exp_avg"][...], module["embed"] + 1)
+        assert ckpt["a.w"].get("exp_avg") is None
+        with pytest.raises(FitError) as asked:
+            ckpt["a.w"]["exp_avg"]
+        with pytest.raises(FitError) as resumed:
+            load((live, torch.optim.Adam(live.parameters())), ckpt, map=names, strict=False, hyper_parameters=False)
+        with pytest.raises(FitError) as filled:
+            load({"c.w": {"exp_avg": torch.zeros(4, 4)}}, ckpt, strict=False)
+        assert not any(parameter.any() for parameter in live.values())
+        load(live, ckpt, map=names)
+        certain = [live["embed"], live["a_b"], live["c_b"]]
+        load((live, torch.optim.Adam(certain)), ckpt, map=names, strict=False, hyper_parameters=False)
+    with pytest.raises(FitError) as written:
+        convert(str(url), str(tmp_path / "new"), to="deepspeed-universal")
+    assert all(map(is_undecided, (asked, resumed, filled, written)))
+    assert torch.equal(live["frozen_w"], module["frozen.w"])
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
 
 
 def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
@@ -83,11 +148,15 @@ def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
         read(tmp_path, frozen="forzen.*")
 
 
-def test_another_order_than_the_modules_is_refused(tmp_path: Path) -> None:
-    module = make()
-    save(tmp_path, module, adam(module, [["c.b", "c.w", "embed", "a.w"], ["a.b"]]))
-    with pytest.raises(FitError, match="not in the order"):
-        read(tmp_path)
+@pytest.mark.parametrize("shapes", [MODULE, {"w": (4,)}], ids=["several", "one"])
+def test_another_order_than_the_modules_leaves_all_open(tmp_path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    module = make(shapes)
+    groups = [["c.b", "c.w", "embed", "a.w"], ["a.b"]] if len(shapes) > 1 else [["w"], ["w"]]
+    save(tmp_path, module, adam(module, groups))
+    catalog = read(tmp_path)
+    assert all(tensor.undecided and set(tensor.states) == {"value"} for tensor in catalog.tensors.values())
+    assert len(catalog.state["optimizer"]["unnamed"]) == sum(map(len, groups))
+    assert any("not in the module's order" in note for note in catalog.notes)
 
 
 def test_names_that_the_optimizer_saved_are_used_in_any_order(tmp_path: Path) -> None:
@@ -170,14 +239,20 @@ def test_flat_masters_are_named_by_the_modules_views(tmp_path: Path) -> None:
     assert catalog.tensors["a.w"].scalars["step"].dtype == "int"
 
 
-def test_flat_masters_that_the_module_does_not_show_are_refused(tmp_path: Path) -> None:
+def test_flat_masters_that_the_module_does_not_show_are_carried(tmp_path: Path) -> None:
     exact = make()
-    flat = torch.cat([exact[name].reshape(-1) for name in DECAY])
-    base = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-    low = {name: value.half() for name, value in exact.items()}
-    save(tmp_path, low, wrapped(base, fp32_groups_flat=[flat]))
-    with pytest.raises(FitError, match="flat group 0"):
-        read(tmp_path)
+    flats = [torch.cat([exact[name].reshape(-1) for name in group]) for group in (DECAY, PLAIN)]
+    state = {i: {"step": 3, "exp_avg": flat + 1} for i, flat in enumerate(flats)}
+    base = {"state": state, "param_groups": [{"lr": 0.1, "params": [0]}, {"lr": 0.2, "params": [1]}]}
+    low = flat_module(exact, [PLAIN])
+    save(tmp_path, low, wrapped(base, fp32_groups_flat=flats))
+    catalog = read(tmp_path)
+    check_moments(tmp_path, catalog, exact, PLAIN)
+    assert {name for name, tensor in catalog.tensors.items() if tensor.undecided} == {*MODULE} - {*PLAIN}
+    (held,) = catalog.state["optimizer"]["unnamed"]
+    assert held["group"] == 0
+    assert np.array_equal(leaf_numpy(open_store(str(tmp_path)), held["master"]), flats[0].numpy())
+    assert audit_bytes(tmp_path, catalog) == []
 
 
 def test_an_unknown_structure_is_refused(tmp_path: Path) -> None:
