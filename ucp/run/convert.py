@@ -8,35 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ucp.catalog import Catalog
 from ucp.converter import Target, converter, read_catalog
-from ucp.errors import CorruptError, InterruptedRunError, UsageError
+from ucp.errors import CorruptError, InterruptedRunError
 from ucp.plan import Plan
 from ucp.run import journal as journals
+from ucp.run.destination import RECORD, State, Wanted, check_whole, clear, examine, lost, refuse_overlap
 from ucp.run.executor import default_workers, run_tasks
 from ucp.run.integrity import Ledger, Spans
 from ucp.run.journal import Done, Journal
 from ucp.run.progress import Counter, Progress, Report
 from ucp.store import Store, open_store
 
-RECORD = "ucp-conversion.json"
-"""Object beside the root that says which source state the checkpoint was made from."""
-
 _FLUSH_SECONDS = 1.0
-
-State = Literal["new", "partial", "done"]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """A conversion that is ready to run; nothing has been written.
 
-    `state` is ``new``, ``partial`` (an earlier run was cut short and will be resumed) or ``done``.
+    `state` is ``new``, ``partial`` (an earlier run was cut short and will be resumed) or ``done``. `wanted` is what
+    will be there in the end; with `restart` the remains of another conversion will be thrown away.
     """
 
     catalog: Catalog
@@ -45,8 +43,9 @@ class Conversion:
     to: str
     source: Store
     destination: Store
-    fingerprint: str
+    wanted: Wanted
     state: State
+    restart: bool = False
 
     @property
     def source_url(self) -> str:
@@ -83,14 +82,15 @@ def prepare(
     """
     catalog, source_store = read_catalog(source, family=family, **(read_options or {}))
     destination_store = open_store(destination)
-    _refuse_same(source_store, destination_store)
+    refuse_overlap(source_store, destination_store)
     if not check:
         catalog = catalog.unchecked()
     target = converter(to).target(catalog, source_store, **options)
     plan = Plan.of(target.tasks)
-    fingerprint = _fingerprint(catalog, plan, to)
-    state = _state(destination_store, target, fingerprint, restart=restart)
-    return Conversion(catalog, target, plan, to, source_store, destination_store, fingerprint, state)
+    fingerprint = _fingerprint(catalog, plan, to, check=check, read_options=dict(read_options or {}), options=options)
+    wanted = Wanted(target.root, {task.object: task.size for task in plan.tasks}, fingerprint)
+    state = examine(destination_store, wanted, restart=restart)
+    return Conversion(catalog, target, plan, to, source_store, destination_store, wanted, state, restart)
 
 
 def convert(
@@ -125,26 +125,48 @@ def carry_out(
     """
     plan, destination = conversion.plan, conversion.destination
     counter = Counter(sum(task.nbytes for task in plan.tasks), len(plan.tasks))
-    if conversion.state == "done":
-        journals.remove(destination)
-        return Report(0, 0, 0, len(plan.tasks), counter.seconds, len(plan.tasks), already_done=True)
     with destination.exclusive(), _interruptible(destination):
-        journal = Journal(destination, conversion.fingerprint)
-        done = _still_there(journal.open(), conversion)
+        state = examine(destination, conversion.wanted, restart=conversion.restart)  # again: now nobody else writes
+        if state == "done":
+            journals.remove(destination)
+            return Report(0, 0, 0, len(plan.tasks), counter.seconds, len(plan.tasks), already_done=True)
+        if state == "new":
+            clear(destination)
+        journal = Journal(destination, conversion.wanted.fingerprint)
+        done = _resume(conversion, journal, counter)
         resumed = len(done)
-        for task in plan.tasks:
-            if task.object in done:
-                counter.skip(task.nbytes)
         for finished in _run_rest(
             conversion, done, journal, counter, workers or default_workers(), processes, on_progress
         ):
             done[finished.object] = finished
         extra = _verify_source(conversion, done)
         small = _commit(conversion, done)
-        journal.remove()
-    rest = plan.cost.bytes_read - counter.resumed_bytes
-    written = plan.cost.bytes_written + small
-    return Report(rest, plan.cost.bytes_checked + extra, written, len(plan.tasks), counter.seconds, resumed, False)
+        journals.remove(destination)
+    return _report(done, counter, resumed=resumed, checked=extra, written=small)
+
+
+def _resume(conversion: Conversion, journal: Journal, counter: Counter) -> dict[str, Done]:
+    """What an earlier run finished, where it is still there."""
+    conversion.destination.tidy()
+    journalled = journal.open()
+    gone = set(lost(conversion.destination, conversion.wanted.sizes)) if journalled else set()
+    tasks = [task for task in conversion.plan.tasks if task.object in journalled and task.object not in gone]
+    for task in tasks:
+        counter.skip(task.nbytes)
+    return {task.object: journalled[task.object] for task in tasks}
+
+
+def _report(done: Mapping[str, Done], counter: Counter, *, resumed: int, checked: int, written: int) -> Report:
+    moved = [finished.moved for finished in done.values()]
+    return Report(
+        bytes_read=sum(m.read for m in moved),
+        bytes_checked=sum(m.checked for m in moved) + checked,
+        bytes_written=sum(m.written for m in moved) + written,
+        objects=len(done),
+        seconds=counter.seconds,
+        resumed_objects=resumed,
+        already_done=False,
+    )
 
 
 def _run_rest(
@@ -200,84 +222,35 @@ def _verify_source(conversion: Conversion, done: Mapping[str, Done]) -> int:
 
 def _commit(conversion: Conversion, done: Mapping[str, Done]) -> int:
     """Put the small objects, the root last; returns their bytes."""
-    destination = conversion.destination
-    record = {"fingerprint": conversion.fingerprint, "source": conversion.source.url, "to": conversion.to}
-    destination.put(RECORD, json.dumps(record, indent=1).encode(), durable=False)
+    destination, root = conversion.destination, conversion.target.root
     digests = {name: finished.digests for name, finished in done.items()}
-    root, put, written = conversion.target.root, [RECORD], 0
-    for path, data in conversion.target.finish(digests):
-        assert put[-1] != root, f"{conversion.to} put {path} after its root"
+    sizes: dict[str, int] = {}
+    for path, data in itertools.chain([(RECORD, _record(conversion))], conversion.target.finish(digests)):
+        assert root not in sizes, f"{conversion.to} put {path} after its root"
         if path == root:
-            destination.flush(put)
+            destination.flush(list(sizes))
+            check_whole(destination, {**conversion.wanted.sizes, **sizes})
         destination.put(path, data, durable=path == root)
-        put.append(path)
-        written += len(data)
-    assert put[-1] == root, f"{conversion.to} did not put its root"
-    return written
+        sizes[path] = len(data)
+    assert root in sizes, f"{conversion.to} did not put its root"
+    return sum(sizes.values())
 
 
-def _still_there(done: dict[str, Done], conversion: Conversion) -> dict[str, Done]:
-    """Of the journalled objects, those that the plan wants and that have their size."""
-    kept = {}
-    for task in conversion.plan.tasks:
-        if task.object in done and _size(conversion.destination, task.object) == task.size:
-            kept[task.object] = done[task.object]
-    return kept
+def _record(conversion: Conversion) -> bytes:
+    about = {"fingerprint": conversion.wanted.fingerprint, "source": conversion.source.url, "to": conversion.to}
+    return json.dumps(about, indent=1).encode()
 
 
-def _size(store: Store, path: str) -> int:
-    return store.entry(path).size if store.exists(path) else -1
-
-
-def _fingerprint(catalog: Catalog, plan: Plan, to: str) -> str:
+def _fingerprint(catalog: Catalog, plan: Plan, to: str, **options: Any) -> str:
     """Changes whenever the same conversion would read or write something else."""
     parts = {
         "to": to,
+        "options": {name: repr(value) for name, value in options.items()},
         "objects": sorted((path, *info) for path, info in catalog.objects.items()),
         "tasks": sorted((task.object, task.size, task.nbytes) for task in plan.tasks),
         "checked": sorted(catalog.witnesses),
     }
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _state(destination: Store, target: Target, fingerprint: str, *, restart: bool) -> State:
-    """Whether the destination is empty, resumable or complete; UsageError if it holds anything else."""
-    if destination.exists(target.root):
-        record = json.loads(destination.read(RECORD)) if destination.exists(RECORD) else {}
-        if record.get("fingerprint") == fingerprint:
-            return "done"
-        raise UsageError(f"{destination.url}: already holds another checkpoint", hint="choose another destination")
-    earlier = journals.Journal.plan_of(destination)
-    if earlier == fingerprint:
-        return "partial"
-    if earlier is None and set(destination.children()) <= {journals.FOLDER}:  # empty, or the journal's first put failed
-        return "new"
-    if earlier is None:
-        raise UsageError(f"{destination.url}: not empty, and no conversion of ours", hint="choose another destination")
-    if not restart:
-        raise UsageError(
-            f"{destination.url}: holds an unfinished conversion of another source, or of one that has changed",
-            hint="--restart throws it away and starts again",
-        )
-    _clear(destination)
-    return "new"
-
-
-def _clear(destination: Store) -> None:
-    """Delete an unfinished conversion; the journal's head goes last, so that this too can be resumed."""
-    for entry in list(destination.entries()):
-        if not entry.path.startswith(journals.FOLDER):
-            destination.delete(entry.path)
-    journals.remove(destination)
-
-
-def _refuse_same(source: Store, destination: Store) -> None:
-    a, b = source.url.rstrip("/") + "/", destination.url.rstrip("/") + "/"
-    if a.startswith(b) or b.startswith(a):
-        raise UsageError(
-            f"source {source.url} and destination {destination.url} overlap",
-            hint="write the result to a folder of its own: sources are never modified",
-        )
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -290,4 +263,4 @@ def _interruptible(destination: Store) -> Iterator[None]:
         ) from None
 
 
-__all__ = ["Conversion", "Progress", "Report", "carry_out", "convert", "prepare"]
+__all__ = ["RECORD", "Conversion", "Progress", "Report", "carry_out", "convert", "prepare"]

@@ -6,11 +6,17 @@ Both hand finished objects to the caller one by one, as they finish, so that the
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+import signal
+from collections.abc import Collection, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import get_context
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
 
 from ucp.catalog import Checksum
+from ucp.errors import InterruptedRunError
 from ucp.plan import Task
 from ucp.run.integrity import Ledger, Spans
 from ucp.run.journal import Done
@@ -18,6 +24,7 @@ from ucp.run.progress import Counter
 from ucp.run.worker import Advance, write_object
 from ucp.store import Store
 
+T = TypeVar("T")
 _POLL_SECONDS = 0.1
 
 
@@ -38,50 +45,105 @@ def run_tasks(
 ) -> Generator[Done | None, None, None]:
     """Run `tasks`; yields each finished object, and None now and then so that the caller can show progress.
 
-    The first error cancels what has not started and is raised when what has started has stopped.
+    The first error cancels what has not started and is raised when what has started has stopped. InterruptedRunError if
+    a process dies.
     """
     if processes:
-        initial = (source, destination, tuple(checksums))
-        context = get_context("forkserver")
-        pool: Executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=initial)
-        submitted = {pool.submit(_in_process, task): task.nbytes for task in tasks}
+        running = _in_processes(tasks, _Job(source, destination, tuple(checksums)), counter, workers)
     else:
-        spans = Spans(checksums)
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="ucp")
-        submitted = {pool.submit(_run, source, destination, spans, task, counter.advance): 0 for task in tasks}
+        running = _in_threads(tasks, _Job(source, destination, checksums), counter, workers)
+    for done in running:
+        if done is not None:
+            counter.finish_object()
+        yield done
+
+
+def as_finished(futures: Collection[Future[T]]) -> Iterator[Future[T] | None]:
+    """`futures` as they finish, and None now and then.
+
+    Takes the same time for each of any number of futures, as `concurrent.futures.wait` does not.
+    """
+    finished: SimpleQueue[Future[T]] = SimpleQueue()
+    for future in futures:
+        future.add_done_callback(finished.put)
+    left = len(futures)
+    while left:
+        try:
+            yield finished.get(timeout=_POLL_SECONDS)
+            left -= 1
+        except Empty:
+            yield None
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What all tasks of a run have in common."""
+
+    source: Store
+    destination: Store
+    checksums: Sequence[Checksum]
+
+    def run(self, spans: Spans, task: Task, advance: Advance) -> Done:
+        ledger = Ledger(spans)
+        digests, moved = write_object(self.source, self.destination, task, ledger=ledger, advance=advance)
+        return Done(task.object, digests, tuple(ledger.pieces()), moved)
+
+
+def _in_threads(tasks: Sequence[Task], job: _Job, counter: Counter, workers: int) -> Iterator[Done | None]:
+    spans = Spans(job.checksums)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ucp")
     try:
-        yield from _collect(submitted, counter)
+        futures = [pool.submit(job.run, spans, task, counter.advance) for task in tasks]
+        for future in as_finished(futures):
+            yield None if future is None else future.result()
     finally:
         counter.stop()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collect(submitted: dict[Future[Done], int], counter: Counter) -> Iterator[Done | None]:
-    """Finished objects; `submitted` says how many bytes to count when one is finished."""
-    waiting = set(submitted)
-    while waiting:
-        finished, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-        for future in finished:
-            done = future.result()
-            counter.advance(submitted[future])
-            counter.finish_object()
-            yield done
-        yield None
+def _in_processes(tasks: Sequence[Task], job: _Job, counter: Counter, workers: int) -> Iterator[Done | None]:
+    context = get_context("forkserver")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(job, stop))
+    try:
+        futures = {pool.submit(_in_process, task): task.nbytes for task in tasks}
+        for future in as_finished(futures):
+            if future is not None:
+                done = future.result()
+                counter.advance(futures[future])
+                yield done
+            yield None
+    except BrokenProcessPool as error:
+        raise InterruptedRunError(
+            f"{job.destination.url}: a worker process died; the system may have run out of memory",
+            hint="run the same command again, perhaps with fewer workers: it resumes",
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run(source: Store, destination: Store, spans: Spans, task: Task, advance: Advance) -> Done:
-    ledger = Ledger(spans)
-    digests = write_object(source, destination, task, ledger=ledger, advance=advance)
-    return Done(task.object, digests, tuple(ledger.pieces()))
+class _Event(Protocol):
+    """What pool processes need of an event of `multiprocessing`."""
+
+    def is_set(self) -> bool: ...
 
 
-_process: tuple[Store, Store, Spans]
+_process: tuple[_Job, Spans, Advance]
 
 
-def _start(source: Store, destination: Store, checksums: tuple[Checksum, ...]) -> None:
+def _start(job: _Job, stop: _Event) -> None:
+    """Begin a pool process. Ctrl-C reaches all processes of a terminal; the first one alone decides what it means."""
     global _process  # noqa: PLW0603 - a pool process has one job for life
-    _process = (source, destination, Spans(checksums))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def advance(_: int) -> None:
+        if stop.is_set():
+            raise InterruptedRunError("stopped", hint="run the same command again: it resumes")
+
+    _process = (job, Spans(job.checksums), advance)
 
 
 def _in_process(task: Task) -> Done:
-    return _run(*_process, task, lambda _: None)
+    job, spans, advance = _process
+    return job.run(spans, task, advance)

@@ -57,19 +57,20 @@ class Spans:
 
 
 class Ledger:
-    """Collects pieces for indexed checksums; safe to use from several threads."""
+    """Collects pieces for indexed checksums, and counts `bytes_read`; safe to use from several threads."""
 
     def __init__(self, spans: Spans) -> None:
         self.spans = spans
+        self.bytes_read = 0
         self._pieces: list[Piece] = []
         self._lock = threading.Lock()
 
     def record(self, object: str, offset: int, data: memoryview) -> None:
         """Note that `data` was read from `object` at `offset`."""
         found = list(self._digest(object, offset, data))
-        if found:
-            with self._lock:
-                self._pieces.extend(found)
+        with self._lock:
+            self.bytes_read += len(data)
+            self._pieces.extend(found)
 
     def _digest(self, object: str, offset: int, data: memoryview) -> Iterator[Piece]:
         stop = offset + len(data)

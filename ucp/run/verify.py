@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from ucp.errors import ConflictError, ContentError, FitError, NotFoundError, Ucp
 from ucp.layout import FlatRange, itemsize
 from ucp.plan import BLOCK_BYTES, Cover, Key, Section, Witness
 from ucp.run.cast import Array
-from ucp.run.executor import default_workers
+from ucp.run.executor import as_finished, default_workers
 from ucp.run.gather import read_region
 from ucp.run.integrity import Ledger, Piece, Spans
 from ucp.run.numbers import not_finite, values
@@ -28,8 +28,6 @@ from ucp.store import Store
 OnProgress = Callable[[Progress], None]
 Check = Callable[[FlatRange, memoryview], None]
 """Called with a block and its data; ConflictError where something disagrees."""
-
-_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +115,11 @@ def run_checks(
     pool = ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="ucp")
     try:
         futures = [pool.submit(run, key) for key in keys]
-        waiting = set(futures)
-        while waiting:
-            finished, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
+        for finished in as_finished(futures):
+            if finished is not None:
+                finished.result()
             if on_progress is not None:
                 on_progress(counter.progress())
-            for future in finished:
-                future.result()
         yield from (future.result() for future in futures)
     finally:
         counter.stop()

@@ -3,63 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ucp.errors import ConflictError
+from ucp.errors import ConflictError, UcpError
 from ucp.layout import FlatRange
 from ucp.plan import Digests, Section, Task, Witness
 from ucp.run.cast import contradicts, storage_dtype
 from ucp.run.crc import crc
 from ucp.run.gather import gather, read_region
 from ucp.run.integrity import Ledger
-from ucp.store import Store, Writer
+from ucp.run.journal import Moved
+from ucp.store import Buffer, Store, Writer
 
 Advance = Callable[[int], None]
 """Called with the bytes of each finished block."""
 
 
-def write_object(source: Store, destination: Store, task: Task, *, ledger: Ledger, advance: Advance) -> Digests:
-    """Write `task`'s object and give its digests. Holds one block, its witness and their rounding at a time.
+def write_object(
+    source: Store, destination: Store, task: Task, *, ledger: Ledger, advance: Advance
+) -> tuple[Digests, Moved]:
+    """Write `task`'s object; gives its digests and the bytes moved. `ledger` must be the caller's own.
 
-    ConflictError where a witness contradicts the data; StorageError, CorruptError as the stores raise them. An object
-    that was not written wholly is left invalid and is written again by the next run.
+    Holds one block, its witness and their rounding at a time. ConflictError where a witness contradicts the data;
+    StorageError, CorruptError as the stores raise them. An object that was not written wholly is left invalid and is
+    written again by the next run.
     """
-    crc32c: list[int] = []
-    crc32: list[int] = []
     with destination.create(task.object, task.size) as writer:
+        writing = _Writing(source, writer, task, ledger, advance)
         literals = list(task.frame.literals())
         for section in task.sections:
             while literals and literals[0][0] <= section.offset:
-                writer.write_at(*literals.pop(0))
-            crc32.append(_write_section(source, writer, task, section, crc32c, ledger, advance))
+                writing.put(*literals.pop(0))
+            writing.section(section)
         for literal in literals:
-            writer.write_at(*literal)
-        digests = Digests(tuple(crc32c), tuple(crc32) if task.frame.needs_crc32 else ())
-        writer.write_at(*task.frame.suffix(digests))
-    return digests
+            writing.put(*literal)
+        digests = Digests(tuple(writing.crc32c), tuple(writing.crc32) if task.frame.needs_crc32 else ())
+        writing.put(*task.frame.suffix(digests))
+        if writing.written != task.size:
+            raise UcpError(f"{task.object}: its parts have {writing.written} bytes, not {task.size}")
+    return digests, Moved(ledger.bytes_read - writing.checked, writing.checked, writing.written)
 
 
-def _write_section(
-    source: Store, writer: Writer, task: Task, section: Section, crc32c: list[int], ledger: Ledger, advance: Advance
-) -> int:
-    """Write one section, append the crc32c of its blocks and return its crc32 (0 if the frame has no use for it)."""
-    offset, whole = section.offset, 0
-    width = section.nbytes // section.region.length if section.region.length else 1
-    scratch = bytearray(min(section.nbytes, max(task.frame.block_bytes, width)))
-    for region in section.blocks(task.frame.block_bytes):
-        view = memoryview(scratch)[: region.length * width]
-        gather(source, section.cover.copies_into(section.target(region)), view, ledger.record)
-        check_replicas(source, section, region, view, ledger)
+@dataclass(slots=True)
+class _Writing:
+    """One object being written: digests of its blocks and sections, and bytes moved so far."""
+
+    source: Store
+    writer: Writer
+    task: Task
+    ledger: Ledger
+    advance: Advance
+    crc32c: list[int] = field(default_factory=list)
+    crc32: list[int] = field(default_factory=list)
+    checked: int = 0
+    written: int = 0
+
+    def put(self, offset: int, data: Buffer) -> None:
+        """Write `data` at `offset`."""
+        self.writer.write_at(offset, data)
+        self.written += len(data)
+
+    def section(self, section: Section) -> None:
+        """Write one section; notes the crc32c of its blocks and, if the frame has use for it, its crc32."""
+        offset, whole, frame = section.offset, 0, self.task.frame
+        width = section.nbytes // section.region.length if section.region.length else 1
+        scratch = bytearray(min(section.nbytes, max(frame.block_bytes, width)))
+        for region in section.blocks(frame.block_bytes):
+            view = memoryview(scratch)[: region.length * width]
+            gather(self.source, section.cover.copies_into(section.target(region)), view, self.ledger.record)
+            self.check(section, region, view)
+            self.crc32c.append(crc("crc32c", view))
+            if frame.needs_crc32:
+                whole = crc("crc32", view, whole)
+            self.put(offset, view)
+            offset += len(view)
+            self.advance(len(view))
+        self.crc32.append(whole)
+
+    def check(self, section: Section, region: FlatRange, data: memoryview) -> None:
+        """Compare a block with its replicas and its low-precision copy."""
+        before = self.ledger.bytes_read
+        check_replicas(self.source, section, region, data, self.ledger)
         if section.witness is not None:
-            check_witness(source, section, section.witness, region, view, ledger)
-        crc32c.append(crc("crc32c", view))
-        if task.frame.needs_crc32:
-            whole = crc("crc32", view, whole)
-        writer.write_at(offset, view)
-        offset += len(view)
-        advance(len(view))
-    return whole
+            check_witness(self.source, section, section.witness, region, data, self.ledger)
+        self.checked += self.ledger.bytes_read - before
 
 
 def check_replicas(source: Store, section: Section, region: FlatRange, data: memoryview, ledger: Ledger) -> None:

@@ -113,6 +113,14 @@ class Store(ABC):
     def flush(self, paths: Sequence[str]) -> None:  # noqa: B027 - in most stores a closed object is durable
         """Make closed objects durable; StorageError if that fails."""
 
+    def tidy(self) -> None:  # noqa: B027 - most stores leave nothing behind
+        """Remove what puts that were cut short left behind; nobody else may be writing."""
+
+    def overlaps(self, other: Store) -> bool:
+        """Whether one of the two folders is the other or lies in it."""
+        a, b = self.url.rstrip("/") + "/", other.url.rstrip("/") + "/"
+        return a.startswith(b) or b.startswith(a)
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Keep other writers that ask the same out while inside, where the store can; ConflictError if one is there."""

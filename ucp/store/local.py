@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Self
 
 from ucp.errors import ConflictError, CorruptError, UsageError
@@ -18,6 +19,9 @@ from ucp.store.errors import translated
 _OPEN_FILES = 64
 _FEW_FILES = 8
 """From more files on, one sync of the file system is cheaper than one per file (a journal commit each on ext4)."""
+
+_TEMPORARY = re.compile(r"\.\d+-\d+\.tmp$")
+"""How `_put` names what it writes beside its object."""
 
 
 class LocalStore(Store):
@@ -48,7 +52,7 @@ class LocalStore(Store):
                 for name in names:
                     full = os.path.join(folder, name)
                     path = os.path.relpath(full, self.root).replace(os.sep, "/")
-                    if path.startswith(prefix):
+                    if path.startswith(prefix) and os.path.isfile(full):
                         found.append(_entry(path, os.stat(full)))
         yield from sorted(found, key=lambda entry: entry.path)
 
@@ -104,6 +108,25 @@ class LocalStore(Store):
         with translated(full):
             if os.path.lexists(full):
                 os.unlink(full)
+            self._prune(os.path.dirname(full))
+
+    def _prune(self, folder: str) -> None:
+        """Remove `folder`, and those around it inside the root, that are empty: an object store has no folders."""
+        with suppress(OSError):
+            while folder.startswith(self.root + os.sep):
+                os.rmdir(folder)
+                folder = os.path.dirname(folder)
+
+    def tidy(self) -> None:
+        for entry in list(self.entries()):
+            if _TEMPORARY.search(entry.path):
+                self.delete(entry.path)
+
+    def overlaps(self, other: Store) -> bool:
+        if not isinstance(other, LocalStore):
+            return False
+        a, b = (os.path.join(os.path.realpath(store.root), "") for store in (self, other))
+        return a.startswith(b) or b.startswith(a)
 
     def child(self, path: str) -> LocalStore:
         return LocalStore(self._full(path))
@@ -111,7 +134,10 @@ class LocalStore(Store):
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         with translated(self.root):
-            os.makedirs(self.root, exist_ok=True)
+            try:
+                os.makedirs(self.root, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise UsageError(f"{self.root}: a file is in the way", hint="choose another destination") from None
             fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             try:
@@ -199,7 +225,8 @@ class _LocalWriter(Writer):
 
 
 def _entry(path: str, info: os.stat_result) -> Entry:
-    return Entry(path, info.st_size, f"{info.st_size}-{info.st_mtime_ns}-{info.st_ino}")
+    """The time of the last change (ctime) is in the fingerprint because, unlike mtime, nobody can set it back."""
+    return Entry(path, info.st_size, f"{info.st_size}-{info.st_mtime_ns}-{info.st_ctime_ns}-{info.st_ino}")
 
 
 def _put(full: str, data: Buffer, *, if_absent: bool, durable: bool) -> None:
