@@ -6,11 +6,11 @@ Which files there must be: deepspeed/runtime/engine.py, ``_common_checkpoint_sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ucp.catalog import Checksum
-from ucp.container.torchfile import TorchFile, read_torch_file
+from ucp.container.torchfile import TorchFile, TorchFiles
 from ucp.errors import ConflictError, FitError, NotFoundError
 from ucp.layout import Mesh
 from ucp.store import Store
@@ -81,10 +81,11 @@ def load(store: Store, folder: Folder) -> Save:
     if folder.experts:
         raise spread_experts(base + folder.experts[0])
     files: list[TorchFile] = []
-    optims = {rank: _read(store, path, files) for rank, path in sorted(folder.optim.items())}
+    read = TorchFiles(store).read
+    optims = {rank: _read(read, path, files) for rank, path in sorted(folder.optim.items())}
     stage = max((zero_stage(file) for file in optims.values()), default=0)
-    models = {rank: _read(store, path, files) for rank, path in sorted(_model_paths(base, folder, stage).items())}
-    layers = {layer: _read(store, path, files) for (layer, _), path in sorted(folder.layers.items())}
+    models = {rank: _read(read, path, files) for rank, path in sorted(_model_paths(base, folder, stage).items())}
+    layers = {layer: _read(read, path, files) for (layer, _), path in sorted(folder.layers.items())}
     return Save(folder, _mesh(base, folder, models), stage, models, optims, layers, tuple(files))
 
 
@@ -105,8 +106,8 @@ def spread_experts(path: str) -> FitError:
     )
 
 
-def _read(store: Store, path: str, files: list[TorchFile]) -> RankFile:
-    file = read_torch_file(store, path)
+def _read(read: Callable[[str], TorchFile], path: str, files: list[TorchFile]) -> RankFile:
+    file = read(path)
     files.append(file)
     return RankFile(path, nodes.mapping(file.root, path))
 

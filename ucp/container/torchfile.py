@@ -12,6 +12,7 @@ from ucp.catalog import Checksum
 from ucp.container.leaves import leaf_bytes, leaf_numpy, leaf_scalar, with_bytes
 from ucp.container.legacy import is_legacy, read_legacy
 from ucp.container.machine import Machine
+from ucp.container.rebind import Rebind
 from ucp.container.tensors import storage_dtype, storage_itemsize, storage_leaf
 from ucp.container.unpickle import unpickle
 from ucp.container.window import Window
@@ -43,21 +44,41 @@ def read_torch_file(store: Store, path: str) -> TorchFile:
     NotFoundError if there is no such object, CorruptError if it is damaged or no such file, UnsafeError if its pickle
     asks for what only an attack does, FitError if it is sound but of a kind that cannot be read lazily.
     """
-    entry = store.entry(path)
-    window = Window(store, path, entry.size)
-    head = window.bytes_at(0, min(entry.size, 512))
-    if head.startswith(LOCAL_SIGNATURE):
-        return _read_zip(window, entry)
-    if is_legacy(head):
-        return TorchFile(read_legacy(window, path), (), entry)
-    raise _foreign(window, head)
+    return TorchFiles(store).read(path)
 
 
-def _read_zip(window: Window, entry: Entry) -> TorchFile:
-    archive = _Archive(window, entry.path)
-    pickle = archive.read("data.pkl", most=_MOST_PICKLE_BYTES)
-    root = unpickle(pickle, where=window.where, persistent=archive.persistent)
-    return TorchFile(root, tuple(archive.checksums()), entry)
+class TorchFiles:
+    """Reads files many of which hold the same pickle, as the files of ranks do: each such pickle is run once.
+
+    What their trees have in common, everything but tensors, is shared between them.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[bytes, list[tuple[Tree, dict[str, tuple[int, int]]]]] = {}
+
+    def read(self, path: str) -> TorchFile:
+        """See `read_torch_file`."""
+        entry = self._store.entry(path)
+        window = Window(self._store, path, entry.size)
+        head = window.bytes_at(0, min(entry.size, 512))
+        if head.startswith(LOCAL_SIGNATURE):
+            archive = _Archive(window, entry.path)
+            return TorchFile(self._tree(archive), tuple(archive.checksums()), entry)
+        if is_legacy(head):
+            return TorchFile(read_legacy(window, path), (), entry)
+        raise _foreign(window, head)
+
+    def _tree(self, archive: _Archive) -> Tree:
+        pickle = archive.read("data.pkl", most=_MOST_PICKLE_BYTES)
+        known = self._known.setdefault(pickle, [])
+        for root, storages in known:
+            if all(archive.size(name) == size for name, (_, size) in storages.items()):
+                filled = {name: offset for name, (offset, size) in storages.items() if size}
+                return Rebind(archive.path, filled, {name: archive.offset(name) for name in filled}).tree(root)
+        root = unpickle(pickle, where=archive.window.where, persistent=archive.persistent)
+        known.append((root, archive.storages))
+        return root
 
 
 class _Archive:
@@ -72,7 +93,7 @@ class _Archive:
         require_stored(self.directory, where=window.where)
         self._keep_small_records()
         self.alignment = self._alignment()
-        self._storages: dict[str, tuple[int, int]] = {}
+        self.storages: dict[str, tuple[int, int]] = {}
         if self.has("byteorder") and (order := self.read("byteorder", most=16)) != b"little":
             raise _big_endian(window.where) if order == b"big" else self._damaged("byteorder")
 
@@ -115,12 +136,21 @@ class _Archive:
                 found.append(Checksum(self.path, offset, size, "crc32", entry.crc32))
         return found
 
+    def size(self, key: str) -> int:
+        """Bytes of a storage, -1 if there is none."""
+        entry = self.directory.entries.get(f"{self.prefix}data/{key}")
+        return -1 if entry is None else entry.size
+
+    def offset(self, key: str) -> int:
+        """The byte at which a storage starts."""
+        return self._storage(key)[0]
+
     def _storage(self, key: str) -> tuple[int, int]:
-        if key not in self._storages:
+        if key not in self.storages:
             entry = self._entry(f"data/{key}")
             offset = data_offset(self.window, entry, self.ends[entry.name], alignment=self.alignment)
-            self._storages[key] = (offset, entry.size)
-        return self._storages[key]
+            self.storages[key] = (offset, entry.size)
+        return self.storages[key]
 
     def _entry(self, name: str) -> ZipEntry:
         entry = self.directory.entries.get(self.prefix + name)
@@ -187,4 +217,4 @@ def _foreign(window: Window, head: bytes) -> CorruptError | FitError:
     return CorruptError(f"{window.where}: {kind}", hint=hint)
 
 
-__all__ = ["TorchFile", "leaf_bytes", "leaf_numpy", "leaf_scalar", "read_torch_file", "with_bytes"]
+__all__ = ["TorchFile", "TorchFiles", "leaf_bytes", "leaf_numpy", "leaf_scalar", "read_torch_file", "with_bytes"]
