@@ -10,7 +10,7 @@
     │   ├── ConflictError               two copies of the same thing disagree
     │   └── UnsafeError                 the file asks for something we never do
     ├── StorageError          exit 7    storage failed; running again resumes
-    └── InterruptedRunError   exit 130  stopped by the user; running again resumes
+    └── InterruptedRunError   exit 130  stopped by the user, or a worker died; running again resumes
 
 Each class has a stable machine-readable ``code``. Codes are only ever added.
 """
@@ -105,7 +105,7 @@ class StorageError(UcpError, OSError):
 
 
 class InterruptedRunError(UcpError):
-    """The user stopped a run; running the same command again resumes."""
+    """The user stopped a run, or one of its processes died; running the same command again resumes."""
 
     exit_code = 130
     code = "interrupted"

@@ -88,10 +88,10 @@ def _stoppable() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
-    except (KeyboardInterrupt, InterruptedRunError):
-        raise InterruptedRunError(
-            "stopped; what is written is kept, and is no checkpoint yet", hint=f"`{rerun()}` resumes"
-        ) from None
+    except KeyboardInterrupt:
+        raise InterruptedRunError("interrupted before anything was written", hint=f"`{rerun()}` starts again") from None
+    except InterruptedRunError as error:
+        raise InterruptedRunError(error.message, hint=f"`{rerun()}` resumes") from error
     except StorageError as error:
         raise type(error)(error.message, hint=f"{error.hint}\n      `{rerun()}` resumes") from error
     finally:

@@ -259,7 +259,8 @@ def _interruptible(destination: Store) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise InterruptedRunError(
-            f"{destination.url}: interrupted, not complete", hint="run the same command again: it resumes"
+            f"{destination.url}: interrupted; what is written is kept, and is no checkpoint yet",
+            hint="run the same command again: it resumes",
         ) from None
 
 

@@ -115,8 +115,8 @@ def _in_processes(tasks: Sequence[Task], job: _Job, counter: Counter, workers: i
             yield None
     except BrokenProcessPool as error:
         raise InterruptedRunError(
-            f"{job.destination.url}: a worker process died; the system may have run out of memory",
-            hint="run the same command again, perhaps with fewer workers: it resumes",
+            f"{job.destination.url}: a worker process died; if memory ran out, fewer workers need less",
+            hint="run the same command again: it resumes",
         ) from error
     finally:
         stop.set()
