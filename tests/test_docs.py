@@ -15,6 +15,7 @@ from tests.docs import scene
 from tests.docs.pages import NEEDS_DEEPSPEED, NOT_RUN, Block, blocks
 from tests.docs.play import play
 from tests.support.deepspeed_job import job_environment
+from ucp import errors
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -60,6 +61,12 @@ def test_readme_has_the_command_that_ci_runs(name: str) -> None:
     found = re.findall(rf"^<!-- {name} -->\n```sh\n(.+)\n```$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(found) == 1
     assert found[0].startswith("python3 -m venv .venv && ")
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_error_has_its_row(name: str) -> None:
+    rows = re.findall(rf"^\| `{name}` \| (\d+) \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert rows == [str(getattr(errors, name).exit_code)]
 
 
 @pytest.fixture(scope="module")
