@@ -95,6 +95,6 @@ def read_catalog(url: str, *, family: str | None = None, **options: Any) -> tupl
         if candidate.detect(store):
             return candidate.read(store, **options), store
     if not store.children():
-        raise NotFoundError(f"{url}: no such folder, or it is empty")
+        raise NotFoundError(f"{store.url}: no such folder, or it is empty")
     hint = f"known: {' '.join(families())}; an interrupted conversion is none until it is finished"
-    raise NotFoundError(f"{url}: not a checkpoint of a known family", hint="; ".join([hint, *broken]))
+    raise NotFoundError(f"{store.url}: not a checkpoint of a known family", hint="; ".join([hint, *broken]))

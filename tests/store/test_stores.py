@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from ucp.errors import ConflictError, StorageError, UsageError
+from ucp.errors import ConflictError, NotFoundError, StorageError, UsageError
 from ucp.store import LocalStore, open_store
 from ucp.testing.stores import StoreConformance
 
@@ -22,6 +22,45 @@ class TestLocal(StoreConformance):
     def test_file_urls(self, store):
         store.put("a", b"1")
         assert open_store(f"file://{store.url}").read("a") == b"1"
+
+    def test_local_urls_and_home(self, store, monkeypatch):
+        store.put("a", b"1")
+        assert open_store(f"local://{store.url}").read("a") == b"1"
+        monkeypatch.setenv("HOME", str(store.root))
+        assert open_store("~").url == store.root
+        assert open_store("~/b/").url == f"{store.root}/b"
+
+    @pytest.mark.parametrize("url", ["", "file://", "file:/tmp/x"])
+    def test_what_names_no_folder(self, url):
+        """An unset variable in a script must not become the current folder."""
+        with pytest.raises(UsageError):
+            open_store(url)
+
+    def test_links_are_followed_once_and_dangling_ones_passed_over(self, store, tmp_path):
+        store.put("a/b", b"12")
+        os.symlink(store.root, f"{store.root}/a/loop")
+        os.symlink("nothing", f"{store.root}/a/dangling")
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "c").write_bytes(b"345")
+        os.symlink(tmp_path / "elsewhere", f"{store.root}/linked")
+        assert [(entry.path, entry.size) for entry in store.entries()] == [("a/b", 2), ("linked/c", 3)]
+
+    def test_what_a_killed_put_left_is_tidied(self, store):
+        store.put("a/b", b"1")
+        os.makedirs(f"{store.root}/x")
+        with open(f"{store.root}/x/y.12-34.tmp", "wb"):
+            pass
+        store.tidy()
+        assert store.children() == ["a/"]
+
+    def test_deleting_the_last_object_of_a_folder_deletes_the_folder(self, store):
+        store.put("a/b/c", b"1")
+        store.put("a/d", b"1")
+        store.delete("a/b/c")
+        assert store.children("a") == ["d"]
+        store.delete("a/d")
+        assert store.children() == []
+        assert os.path.isdir(store.root)
 
     def test_more_files_than_are_kept_open(self, store):
         for number in range(100):
@@ -87,3 +126,25 @@ def test_descriptors_are_closed(tmp_path):
     store.close()
     assert len(os.listdir("/proc/self/fd")) == before
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64
+
+
+@pytest.mark.parametrize(
+    "url", ["memory://me:secret@host/a", "memory://me:se@cret@host/a", "memory://host/a?sig=secret"]
+)
+def test_credentials_are_used_and_not_shown(url):
+    store = open_store(url)
+    store.put("b/c", b"1")
+    assert "secret" not in store.url + store.child("b").url
+    assert "cret" not in store.url
+    with pytest.raises(NotFoundError) as caught:
+        store.read("nothing")
+    assert "cret" not in str(caught.value)
+    again = open_store(url)
+    assert again.read("b/c") == again.child("b").read("c") == b"1"
+    assert not store.overlaps(open_store(url.replace("secret", "other").replace("cret", "other")))
+
+
+def test_an_unknown_protocol_does_not_show_credentials():
+    with pytest.raises(UsageError) as caught:
+        open_store("nonsense://me:secret@host/a")
+    assert "secret" not in str(caught.value)

@@ -27,6 +27,11 @@ class Entry:
     fingerprint: str
 
 
+def inside(folder: str, other: str) -> bool:
+    """Whether `folder` is `other` or lies in it, by their names."""
+    return f"{folder.rstrip('/')}/".startswith(f"{other.rstrip('/')}/")
+
+
 class Writer(ABC):
     """An object being written. Use as a context manager: an exception inside discards or leaves it invalid."""
 
@@ -55,7 +60,10 @@ class Writer(ABC):
 
 
 class Store(ABC):
-    """A folder of objects. Instances are cheap, picklable and safe to use from several threads."""
+    """A folder of objects. Instances are cheap, picklable and safe to use from several threads.
+
+    `url` is for people and records: it says where, but no password.
+    """
 
     url: str
 
@@ -118,8 +126,7 @@ class Store(ABC):
 
     def overlaps(self, other: Store) -> bool:
         """Whether one of the two folders is the other or lies in it."""
-        a, b = self.url.rstrip("/") + "/", other.url.rstrip("/") + "/"
-        return a.startswith(b) or b.startswith(a)
+        return inside(self.url, other.url) or inside(other.url, self.url)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

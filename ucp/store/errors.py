@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,12 @@ _HINTS = {
     errno.EPERM: "check the permissions of this path",
     errno.EROFS: "the file system is read-only; choose another destination",
 }
+
+
+def without_secrets(url: str) -> str:
+    """`url` as it may be printed: ``***`` for user and password, and for the query, where signatures are."""
+    shown = re.sub(r"://[^/]*@", "://***@", url)
+    return re.sub(r"\?.*", "?***", shown) if "://" in url else shown
 
 
 @contextmanager

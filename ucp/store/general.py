@@ -9,26 +9,30 @@ from typing import Any
 import fsspec
 
 from ucp.errors import ConflictError, CorruptError, StorageError, UsageError
-from ucp.store.base import Buffer, Entry, Store, Writer
-from ucp.store.errors import translated
+from ucp.store.base import Buffer, Entry, Store, Writer, inside
+from ucp.store.errors import translated, without_secrets
 
 
 class FsspecStore(Store):
-    """A folder on any fsspec file system. `options` go to the file system as they are."""
+    """A folder on any fsspec file system. `options` go to the file system as they are.
+
+    `url` is the address without credentials, so that no message, record or document gives them away.
+    """
 
     def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
-        self.url = url.rstrip("/")
+        self._address = url.rstrip("/")
+        self.url = without_secrets(self._address)
         self.options = options or {}
-        with translated(url):
+        with translated(self.url):
             try:
-                self.fs, self.root = fsspec.core.url_to_fs(self.url, **self.options)
+                self.fs, self.root = fsspec.core.url_to_fs(self._address, **self.options)
             except (ValueError, ImportError) as error:
-                raise UsageError(f"{url}: {error}", hint="install the fsspec package of this protocol") from error
+                raise UsageError(f"{self.url}: {error}", hint="install the fsspec package of this protocol") from error
         self.root = self.root.rstrip("/")
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[FsspecStore], tuple[str, dict[str, Any]]]:
-        return (FsspecStore, (self.url, self.options))
+        return (FsspecStore, (self._address, self.options))
 
     def entry(self, path: str) -> Entry:
         full = self._full(path)
@@ -93,7 +97,12 @@ class FsspecStore(Store):
 
     def child(self, path: str) -> FsspecStore:
         self._full(path)
-        return FsspecStore(f"{self.url}/{path}" if path else self.url, self.options)
+        return FsspecStore(f"{self._address}/{path}" if path else self._address, self.options)
+
+    def overlaps(self, other: Store) -> bool:
+        if not isinstance(other, FsspecStore):
+            return False
+        return inside(self._address, other._address) or inside(other._address, self._address)
 
     def _name(self, path: str) -> str:
         return f"{self.url}/{path}"

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Self
 
 from ucp.errors import ConflictError, CorruptError, UsageError
-from ucp.store.base import Buffer, Entry, Store, Writer
+from ucp.store.base import Buffer, Entry, Store, Writer, inside
 from ucp.store.errors import translated
 
 _OPEN_FILES = 64
@@ -48,7 +48,7 @@ class LocalStore(Store):
         top = self._full(prefix.rpartition("/")[0])
         found: list[Entry] = []
         with translated(top):
-            for folder, _, names in os.walk(top):
+            for folder, names in _folders(top):
                 for name in names:
                     full = os.path.join(folder, name)
                     path = os.path.relpath(full, self.root).replace(os.sep, "/")
@@ -125,8 +125,8 @@ class LocalStore(Store):
     def overlaps(self, other: Store) -> bool:
         if not isinstance(other, LocalStore):
             return False
-        a, b = (os.path.join(os.path.realpath(store.root), "") for store in (self, other))
-        return a.startswith(b) or b.startswith(a)
+        a, b = (os.path.realpath(store.root) for store in (self, other))
+        return inside(a, b) or inside(b, a)
 
     def child(self, path: str) -> LocalStore:
         return LocalStore(self._full(path))
@@ -222,6 +222,18 @@ class _LocalWriter(Writer):
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below `top`, those behind links too but each only once, with the names of what else is in it."""
+    seen: set[str] = set()
+    for folder, below, names in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield folder, names
 
 
 def _entry(path: str, info: os.stat_result) -> Entry:

@@ -135,6 +135,21 @@ class StoreConformance:
         assert child.read("c") == b"1"
         assert child.url.endswith("a/b")
 
+    def test_folders_that_overlap(self, store: Store) -> None:
+        """The same one, one inside the other, but not one whose name begins with the other's."""
+        a, below, beside = store.child("a"), store.child("a/b"), store.child("ab")
+        assert a.overlaps(store.child("a"))
+        assert a.overlaps(below)
+        assert below.overlaps(a)
+        assert not a.overlaps(beside)
+        assert not beside.overlaps(a)
+
+    def test_tidying_leaves_objects_alone(self, store: Store) -> None:
+        """Whatever they are called."""
+        store.put("a.tmp", b"1")
+        store.tidy()
+        assert store.read("a.tmp") == b"1"
+
     def test_stores_cross_process_boundaries(self, store: Store) -> None:
         """By pickle."""
         store.put("a", b"1")
