@@ -73,7 +73,8 @@ def test_every_error_has_its_row(name: str) -> None:
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that examples run in, to be copied."""
     folder = tmp_path_factory.mktemp("stage")
-    scene.make(folder)
+    scene.make_demo(folder)
+    scene.make_zero0(folder)
     return folder
 
 
@@ -97,6 +98,7 @@ def test_examples_run_with_deepspeed(tmp_path: Path) -> None:
     made = tmp_path / "made"
     made.mkdir()
     run(["ucp.cli", "demo", "--keep", "demo", "--engine", "deepspeed"], made)
+    scene.make_zero0(made)
     for page in PLAYS:
         folder = tmp_path / page.stem
         shutil.copytree(made, folder)
