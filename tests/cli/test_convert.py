@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.cli import shards
 from tests.cli.conftest import REPOSITORY, arrays, environment
+from ucp.store import open_store
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -55,6 +58,30 @@ def test_convert_twice_does_nothing_the_second_time(invoke, document, checkpoint
     assert document("convert", checkpoint, there, "--to", "shards")["already_done"] is True
     assert files(there) == before
     assert invoke("convert", checkpoint, there, "--to", "shards", "-q").output == ""
+
+
+def test_options_of_the_target_are_given_by_name(invoke, document, tmp_path) -> None:
+    there = tmp_path / "new"
+    checkpoint = shards.write(tmp_path / "source", {"w": np.ones((512, 64), np.float32)})
+    for text in ("64KiB", "65536"):
+        assert document("plan", checkpoint, there, "-t", f"shard_bytes={text}")["objects_written"] == 4
+    assert document("convert", checkpoint, there, "-t", "shard_bytes=64 kib")["objects"] == 4
+    hint = invoke("plan", checkpoint, there / "2", "-t", "shard_bytes=1 KiB").stderr
+    assert "--target-option 'shard_bytes=1 KiB'" in hint
+    for words in (["shard_bytes"], ["shard_bytes=x"], ["=1"], ["to=deepspeed"], ["store=1"], ["nonsense=1"], ["a b=1"]):
+        result = invoke("plan", checkpoint, tmp_path / "3", "-t", *words)
+        assert (result.exit_code, result.stdout) == (2, ""), words
+    assert invoke("plan", checkpoint, tmp_path / "3", "-o", "store=1").exit_code == 2
+
+
+def test_credentials_are_not_printed(invoke, checkpoint) -> None:
+    there = "memory://me:secret@credentials/new"
+    for command in ("plan", "convert", "convert", "plan"):
+        result = invoke(command, checkpoint, there, "--to", "shards")
+        assert result.exit_code == 0
+        assert "secret" not in result.output
+        assert "memory://***@credentials/new" in result.output
+    assert "secret" not in open_store(there).read("ucp-conversion.json").decode()
 
 
 def test_a_full_destination_is_refused(invoke, checkpoint, tmp_path) -> None:

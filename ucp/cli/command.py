@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, family: str | None, tag: str | None, option: Sequence[str], **rest: Any) -> Any:
         words = [*option, *([f"tag={tag}"] if tag is not None else [])]
-        return function(*args, reading=Reading(family, reader_options(words)), **rest)
+        return function(*args, reading=Reading(family, named_options(words, reserved=_READER_TAKES)), **rest)
 
     for declared in reversed(_READING):
         run = declared(run)
@@ -104,12 +104,18 @@ _READING = (
 )
 
 
-def reader_options(words: Sequence[str]) -> dict[str, str | tuple[str, ...]]:
-    """``NAME=VALUE`` words as options; a name that is given twice becomes a tuple. UsageError for anything else."""
+_READER_TAKES = ("family", "url", "store", "self")
+
+
+def named_options(words: Sequence[str], *, reserved: Collection[str]) -> dict[str, str | tuple[str, ...]]:
+    """``NAME=VALUE`` words as options; a name that is given twice becomes a tuple.
+
+    UsageError for anything else, and for a `reserved` name, which has an option or argument of its own.
+    """
     found: dict[str, tuple[str, ...]] = {}
     for word in words:
         name, sign, value = word.partition("=")
-        if not sign or not name.isidentifier() or name in ("family", "url"):
-            raise UsageError(f"{word!r} is not NAME=VALUE", hint="for example: -o frozen='adapter.*'")
+        if not sign or not name.isidentifier() or name in reserved:
+            raise UsageError(f"{word!r} is not NAME=VALUE of an option", hint="for example: -o frozen='adapter.*'")
         found[name] = (*found.get(name, ()), value)
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}

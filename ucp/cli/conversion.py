@@ -1,23 +1,87 @@
-"""What `ucp plan` and `ucp convert` share: the options of a conversion, and the command line that runs it."""
+"""What `ucp plan` and `ucp convert` share: arguments and options of a conversion, and the command line that runs it."""
 
 from __future__ import annotations
 
+import functools
 import shlex
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ucp.cli.command import Reading, named_options, reading_options
+from ucp.store.errors import without_secrets
+
+if TYPE_CHECKING:
+    from ucp.run.convert import Conversion
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The conversion that the command line asks for; `workers` is None for the default."""
+
+    source: str
+    destination: str
+    to: str
+    check: bool
+    workers: int | None
+    reading: Reading
+    target_options: dict[str, str | tuple[str, ...]]
+
+    def prepare(self, *, restart: bool = False) -> Conversion:
+        """The conversion, ready to run."""
+        from ucp.run.convert import prepare
+
+        return prepare(
+            self.source,
+            self.destination,
+            to=self.to,
+            family=self.reading.family,
+            check=self.check,
+            restart=restart,
+            read_options=self.reading.options,
+            **self.target_options,
+        )
+
 
 def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say what is converted into what."""
+    """Arguments and options that say what is converted into what; the function gets them as one `Asked`."""
+
+    @functools.wraps(function)
+    def run(
+        *args: Any,
+        source: str,
+        destination: str,
+        to: str,
+        no_check: bool,
+        workers: int | None,
+        target_option: Sequence[str],
+        reading: Reading,
+        **rest: Any,
+    ) -> Any:
+        options = named_options(target_option, reserved=_TAKEN)
+        asked = Asked(source, destination, to, not no_check, workers, reading, options)
+        return function(*args, asked=asked, **rest)
+
+    decorated = reading_options(run)
     for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+        decorated = option(decorated)
+    return decorated
 
 
+_TAKEN = ("source", "destination", "to", "family", "check", "restart", "read_options", "catalog", "store", "self")
 _OPTIONS = (
+    click.argument("source"),
+    click.argument("destination"),
     click.option("--to", default="universal", show_default=True, help="Family of the result."),
+    click.option(
+        "-t",
+        "--target-option",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Option of the family of the result, such as shard_bytes=256MiB of universal; may be repeated.",
+    ),
     click.option("--workers", type=click.IntRange(min=1), help="Workers at a time; the number of cores by default."),
     click.option("--no-check", is_flag=True, help="Do not compare low-precision copies and replicas."),
 )
@@ -26,7 +90,7 @@ _OPTIONS = (
 def rerun() -> str:
     """The `ucp convert` command line with the arguments of the running command."""
     context = click.get_current_context()
-    words = ["ucp", "convert", context.params["source"], context.params["destination"]]
+    words = ["ucp", "convert", *(without_secrets(context.params[name]) for name in ("source", "destination"))]
     for option in context.command.params:
         if isinstance(option, click.Option) and option.name not in _LEFT_OUT:
             words += _spelled(option, context.params.get(option.name or ""))

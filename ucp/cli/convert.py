@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ucp.cli import text
-from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.conversion import conversion_options, rerun
+from ucp.cli.conversion import Asked, conversion_options, rerun
 from ucp.cli.output import Output
 from ucp.cli.progress import shown
 from ucp.errors import InterruptedRunError, StorageError
@@ -38,44 +37,23 @@ KEYS = {
 
 
 @declare("convert", json_keys=KEYS)
-@click.argument("source")
-@click.argument("destination")
 @conversion_options
 @click.option("--processes", is_flag=True, help="Workers are processes instead of threads.")
 @click.option("--restart", is_flag=True, help="Throw away an unfinished conversion of something else.")
-@reading_options
-def command(
-    out: Output,
-    source: str,
-    destination: str,
-    to: str,
-    workers: int | None,
-    no_check: bool,
-    processes: bool,
-    restart: bool,
-    reading: Reading,
-) -> None:
+def command(out: Output, asked: Asked, processes: bool, restart: bool) -> None:
     """Convert the checkpoint SOURCE into a new one at DESTINATION.
 
     The source is never modified and the destination is no checkpoint until everything is written and checked.
     Interrupted anywhere, the same command resumes; run on a complete result, it does nothing.
     """
-    from ucp.run.convert import carry_out, prepare
+    from ucp.run.convert import carry_out
 
     with _stoppable():
-        conversion = prepare(
-            source,
-            destination,
-            to=to,
-            family=reading.family,
-            check=not no_check,
-            restart=restart,
-            read_options=reading.options,
-        )
+        conversion = asked.prepare(restart=restart)
         for note in conversion.notes:
             out.remark(("note", "yellow"), "  ", note)
         with shown(out, "converting") as show:
-            report = carry_out(conversion, workers=workers, processes=processes, on_progress=show)
+            report = carry_out(conversion, workers=asked.workers, processes=processes, on_progress=show)
     if out.mode == "json":
         out.json(_document(conversion, report))
     elif out.human:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ucp.cli import text
-from ucp.cli.command import Reading, reading_options
 from ucp.cli.command import command as declare
-from ucp.cli.conversion import conversion_options, rerun
+from ucp.cli.conversion import Asked, conversion_options, rerun
 from ucp.cli.output import Output
 
 if TYPE_CHECKING:
@@ -38,30 +35,16 @@ KEYS = {
 
 
 @declare("plan", json_keys=KEYS)
-@click.argument("source")
-@click.argument("destination")
 @conversion_options
-@reading_options
-def command(
-    out: Output,
-    source: str,
-    destination: str,
-    to: str,
-    workers: int | None,
-    no_check: bool,
-    reading: Reading,
-) -> None:
+def command(out: Output, asked: Asked) -> None:
     """Show what `ucp convert` would do; nothing is written.
 
     -v lists each object with the tensors in it.
     """
-    from ucp.run.convert import prepare
     from ucp.run.executor import default_workers
 
-    conversion = prepare(
-        source, destination, to=to, family=reading.family, check=not no_check, read_options=reading.options
-    )
-    facts = describe(conversion, workers or default_workers())
+    conversion = asked.prepare()
+    facts = describe(conversion, asked.workers or default_workers())
     if out.verbose:
         facts["tasks"] = _tasks(conversion)
     if out.mode == "json":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +67,28 @@ class UniversalConverter:
         )
 
     def target(
-        self, catalog: Catalog, store: Store, *, shard_bytes: int = SHARD_BYTES, **options: Any
+        self, catalog: Catalog, store: Store, *, shard_bytes: int | str = SHARD_BYTES, **options: Any
     ) -> UniversalTarget:
-        """Lay `catalog` out in objects of about `shard_bytes` bytes; UsageError for any other option."""
+        """Lay `catalog` out in objects of about `shard_bytes` bytes, a number or text such as ``256MiB``.
+
+        UsageError for any other option.
+        """
         if options:
-            raise UsageError(f"unknown options for a universal target: {' '.join(sorted(options))}")
-        return make_target(catalog, store, shard_bytes=shard_bytes)
+            raise UsageError(
+                f"unknown options for a universal target: {' '.join(sorted(options))}", hint="known: shard_bytes"
+            )
+        return make_target(catalog, store, shard_bytes=_amount("shard_bytes", shard_bytes))
+
+
+def _amount(name: str, value: object) -> int:
+    """A number of bytes; text may end in a decimal or binary unit (``500MB``, ``256 MiB``)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = re.fullmatch(r"(\d{1,18}) ?(?:([KMGT])(i?))?B?", value, re.IGNORECASE) if isinstance(value, str) else None
+    if found is None:
+        raise UsageError(f"{name}: {value!r} is no number of bytes", hint=f"for example {name}=256MiB")
+    power = " KMGT".index((found[2] or " ").upper())
+    return int(found[1]) * int((1024 if found[3] else 1000) ** power)
 
 
 def _read_root(store: Store) -> tuple[Json, Manifest]:
