@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +39,11 @@ def test_an_unknown_family():
 @pytest.mark.parametrize("family", module.families())
 def test_each_family_is_registered_under_its_own_name(family):
     assert module.converter(family).family == family
+
+
+def test_a_folder_of_checkpoints_says_which_it_holds(tmp_path):
+    shutil.copytree(Path(__file__).parent / "data" / "universal-1.0", tmp_path / "checkpoint-3")
+    with pytest.raises(NotFoundError) as caught:
+        module.read_catalog(str(tmp_path))
+    assert "checkpoint-3" in caught.value.hint
+    assert caught.value.__notes__ == [f"hint: {caught.value.hint}"]

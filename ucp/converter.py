@@ -6,6 +6,7 @@ A converter recognises a folder, reads it into a `Catalog`, and may lay a catalo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
@@ -77,6 +78,15 @@ def converter(family: str) -> Converter:
     return found
 
 
+def _is_checkpoint(store: Store) -> bool:
+    """Whether any converter that can be imported recognises the folder."""
+    for name in families():
+        with suppress(UsageError):
+            if converter(name).detect(store):
+                return True
+    return False
+
+
 def read_catalog(url: str, *, family: str | None = None, **options: Any) -> tuple[Catalog, Store]:
     """Detect the family of the checkpoint at `url`, read it, and return it with the store it lies in.
 
@@ -97,4 +107,7 @@ def read_catalog(url: str, *, family: str | None = None, **options: Any) -> tupl
     if not store.children():
         raise NotFoundError(f"{store.url}: no such folder, or it is empty")
     hint = f"known: {' '.join(families())}; an interrupted conversion is none until it is finished"
+    inside = [name for name in store.children() if name.endswith("/") and _is_checkpoint(store.child(name[:-1]))]
+    if inside:
+        hint = f"it holds {' '.join(name[:-1] for name in inside)}: name one of these"
     raise NotFoundError(f"{store.url}: not a checkpoint of a known family", hint="; ".join([hint, *broken]))

@@ -34,6 +34,8 @@ class UcpError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle with the hint, so that errors cross process boundaries whole."""
