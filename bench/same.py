@@ -25,12 +25,17 @@ def compare(ours: Path, stock: Path, *, tensors: int) -> int:
     assert sorted(checkpoint) == names, f"other names: {sorted(set(checkpoint) ^ set(names))[:5]}"
     for name in names:
         for state, file in STATES.items():
-            theirs = torch.load(zero / name / f"{file}.pt", weights_only=True)["param"]
+            theirs = _tensor(torch.load(zero / name / f"{file}.pt", weights_only=True))
             mine = checkpoint[name][state][...]
             # Bits, not values: NaN equals NaN, and zeros have signs.
             same = mine.numel() == theirs.numel() and torch.equal(_bits(mine), _bits(theirs))
             assert same, f"{name}[{state}] differs from DeepSpeed's"
     return len(names) * len(STATES)
+
+
+def _tensor(stored: Tensor | dict[str, Tensor]) -> Tensor:
+    """From ZeRO-1 and -2 DeepSpeed makes a dict with the tensor under ``param``, from ZeRO-3 the flat tensor alone."""
+    return stored["param"] if isinstance(stored, dict) else stored
 
 
 def _bits(tensor: Tensor) -> Tensor:
