@@ -280,7 +280,20 @@ def test_no_manifest_breaks_the_reader(shared: LocalStore, data: st.DataObject, 
         Path(shared.root, ROOT).write_bytes(good)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b'{"a":1,"a":2}', b'{"a":NaN}', b"[" * 100_000])
+NO_ROOTS = [
+    b"",
+    b"[]",
+    b"{",
+    b"\xff",
+    b'{"a":1,"a":2}',
+    b'{"a":NaN}',
+    b'{"a":-1e999}',
+    rb'{"a":"\uD800"}',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("text", NO_ROOTS)
 def test_a_root_that_is_no_json_object(tmp_path: Path, text: bytes) -> None:
     store = LocalStore(str(tmp_path))
     store.put(ROOT, text)

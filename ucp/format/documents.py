@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,9 +31,14 @@ def compact(value: object) -> bytes:
 
 
 def parsed(data: bytes, *, where: str) -> Json:
-    """The JSON object in `data`; CorruptError naming `where` for anything else, or a member given twice."""
+    """The JSON object in `data`; CorruptError naming `where` for anything else.
+
+    Among that: a member given twice, numbers that are not finite, and text that is no Unicode.
+    """
     try:
-        value = json.loads(data, object_pairs_hook=_members, parse_constant=_no_constant)
+        value = json.loads(data, object_pairs_hook=_members, parse_constant=_no_constant, parse_float=_finite)
+        if b"\\ud" in data.lower():
+            canonical(value)  # an escape for half a surrogate pair makes text that cannot be encoded
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where}: not valid JSON: {error}", hint="the file is damaged") from error
     if not isinstance(value, dict):
@@ -45,6 +51,13 @@ def _members(pairs: list[tuple[str, Any]]) -> Json:
     if len(members) != len(pairs):
         raise ValueError("a member is given twice")
     return members
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value
 
 
 def _no_constant(name: str) -> None:
