@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,8 @@ def lazy(tmp_path: Path) -> LazyTensor:
         (True, "bool"),
         ([0, 1], "list"),
         (torch.tensor([0, 1]), "Tensor"),
+        (torch.tensor(True), "Tensor"),
+        (torch.tensor(1, dtype=torch.uint8), "Tensor"),
         (1.5, "float"),
         ("0", "str"),
     ],
@@ -199,6 +202,34 @@ def test_a_tree_without_end_is_refused(ckpt: Checkpoint) -> None:
     catalog, store = make("memory://endless", {"x": {"value": torch.ones(1)}}, state={"client": endless})
     with pytest.raises(ucp.CorruptError, match="client"):
         Checkpoint(catalog, store).state  # noqa: B018
+
+
+def test_a_part_of_the_state_can_be_handed_on(ckpt: Checkpoint) -> None:
+    rng = ckpt.read_state("rng")
+    assert torch.equal(rng["cuda"][0], torch.arange(4, dtype=torch.int16).reshape(2, 2))
+    assert rng["cuda"][1] == 1
+    kind, keys = rng["numpy"]
+    assert (kind, type(keys).__name__, keys.dtype) == ("MT19937", "ndarray", "uint32")
+    assert keys.tolist() == [0x03020100, 0x07060504, 0x0B0A0908]
+    with pytest.raises(ucp.NotFoundError, match="no 'sampler'") as no:
+        ckpt.read_state("sampler")
+    assert "rng args" in str(no.value.hint)
+
+
+def test_everything_travels_to_workers(tmp_path: Path, ckpt: Checkpoint) -> None:
+    truth = tensor_of((4, 5), torch.float32)
+    catalog, store = make(str(tmp_path / "other"), {"x": {"value": truth}}, steps={"x": 3.0}, state=ckpt.catalog.state)
+    store.put("state.bin", bytes(100))
+    other = Checkpoint(catalog, store)
+    other.state  # noqa: B018  kept on the object from now on
+    again = pickle.loads(pickle.dumps(other))
+    lazy, step, keys = pickle.loads(
+        pickle.dumps([other["x"]["value"], other["x"]["step"], other.state["rng"]["numpy"][1]])
+    )
+    assert torch.equal(again["x"]["value"][1:], truth[1:])
+    assert torch.equal(lazy[1:], truth[1:])
+    assert step[...] == 3
+    assert keys[0] == 0x03020100
 
 
 def test_reprs_show_the_essentials(ckpt: Checkpoint) -> None:

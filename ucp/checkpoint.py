@@ -5,6 +5,7 @@ Opening reads metadata; bytes of tensors are read when a tensor is indexed, and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from ucp.catalog import Catalog, Kind, ParamGroup
 from ucp.converter import read_catalog
+from ucp.errors import NotFoundError
 from ucp.layout import Mesh, Shape
-from ucp.lazy import LazyTensor, lazy_tree, of_scalar, of_state
+from ucp.lazy import LazyTensor, lazy_tree, of_scalar, of_state, read_tree
 from ucp.store import Store
 from ucp.tree import Tree
 
@@ -25,7 +27,7 @@ V = TypeVar("V")
 D = TypeVar("D")
 
 
-def open_checkpoint(url: str, *, family: str | None = None, **options: Any) -> Checkpoint:
+def open_checkpoint(url: str | os.PathLike[str], *, family: str | None = None, **options: Any) -> Checkpoint:
     """Open the checkpoint at `url`, whatever framework wrote it; this is `ucp.open`.
 
     Reads metadata only. `family` skips detection; `options` go to the family's reader.
@@ -35,7 +37,7 @@ def open_checkpoint(url: str, *, family: str | None = None, **options: Any) -> C
 
     Raises NotFoundError where there is no checkpoint, and what the family's reader raises for a damaged one.
     """
-    return Checkpoint(*read_catalog(url, family=family, **options))
+    return Checkpoint(*read_catalog(os.fspath(url), family=family, **options))
 
 
 class _Lookup(Mapping[str, V]):
@@ -172,7 +174,20 @@ class Checkpoint(_Lookup[StoredTensor]):
 
         Objects of classes stay `ucp.Opaque`: they are never built.
         """
-        return {name: lazy_tree(self.store, tree, name) for name, tree in self.catalog.state.items()}
+        return {name: lazy_tree(self.catalog, self.store, tree, name) for name, tree in self.catalog.state.items()}
+
+    def read_state(self, name: str) -> Tree:
+        """One part of `state` with its tensors read, numpy's arrays as such: ready for what it is the state of.
+
+        >>> client = ckpt.read_state("client_state")                              # doctest: +SKIP
+        >>> torch.set_rng_state(client["random_states"]["torch"])                 # doctest: +SKIP
+        >>> sampler.load_state_dict(client["sampler"])                            # doctest: +SKIP
+
+        NotFoundError, with the parts there are, if there is none of this name.
+        """
+        if name not in self.catalog.state:
+            raise NotFoundError(f"{self.url}: no {name!r} in its state", hint=f"it has: {' '.join(self.catalog.state)}")
+        return read_tree(self.state[name])
 
     def state_dict(self, state: str = "value", *, prefix: str = "") -> dict[str, torch.Tensor]:
         """Read `state` of every tensor that has it: name -> tensor, aliases too, sharing the tensor they are tied to.

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ucp.layout import Box, Shape, itemsize
 from ucp.plan import Cover, Fragment, Key, TensorSpec
 from ucp.run.cast import Array
 from ucp.run.gather import read_region
+from ucp.run.unchanged import check_unchanged
 from ucp.store import Store
 from ucp.tree import TensorLeaf, Tree, walk
 
@@ -38,6 +40,7 @@ class LazyTensor:
     shape: Shape
     dtype_name: str
     _read: Callable[[Box], Array]
+    from_numpy: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,54 +88,75 @@ class LazyTensor:
 def of_state(catalog: Catalog, store: Store, name: str, state: str) -> LazyTensor:
     """One state of one tensor of a catalog."""
     spec = catalog.tensors[name].states[state]
-    return LazyTensor(
-        f"{name}[{state}]", spec.shape, spec.dtype, lambda box: read_region(store, catalog.cover(name, state), box)
-    )
+    return LazyTensor(f"{name}[{state}]", spec.shape, spec.dtype, partial(_stored, catalog, store, name, state))
+
+
+def _stored(catalog: Catalog, store: Store, name: str, state: str, box: Box) -> Array:
+    touched: set[str] = set()
+    found = read_region(store, catalog.cover(name, state), box, lambda path, _start, _data: touched.add(path))
+    check_unchanged(store, catalog, touched)
+    return found
 
 
 def of_scalar(label: str, scalar: Scalar) -> LazyTensor:
     """A number kept per parameter, as a 0-d tensor; a plain Python number is int64, float64 or bool."""
     dtype = _PLAIN.get(scalar.dtype, scalar.dtype)
-
-    def read(_: Box) -> Array:
-        import torch
-
-        return torch.tensor([scalar.value], dtype=getattr(torch, dtype)).view(torch.uint8).numpy()
-
-    return LazyTensor(label, (), dtype, read)
+    return LazyTensor(label, (), dtype, partial(_number, scalar.value, dtype))
 
 
-def of_leaf(store: Store, leaf: TensorLeaf, label: str) -> LazyTensor:
+def _number(value: float, dtype: str, _box: Box) -> Array:
+    import torch
+
+    return torch.tensor([value], dtype=getattr(torch, dtype)).view(torch.uint8).numpy()
+
+
+def of_leaf(catalog: Catalog, store: Store, leaf: TensorLeaf, label: str) -> LazyTensor:
     """A tensor inside a tree of training state."""
-    extent, inline = leaf.extent, leaf.inline
-
-    def stored(box: Box) -> Array:
-        whole = Fragment(Box.whole(extent.shape), extent)
-        return read_region(store, Cover.of(Key(label, "value"), TensorSpec(extent.shape, extent.dtype), [whole]), box)
-
-    def held(box: Box) -> Array:
-        assert inline is not None
-        cells = np.frombuffer(inline, np.uint8).reshape(*extent.shape, extent.itemsize)
-        index = tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))
-        return cells[index].copy().reshape(-1)
-
-    return LazyTensor(label, extent.shape, extent.dtype, stored if inline is None else held)
+    read = partial(_leaf, catalog, store, leaf, label) if leaf.inline is None else partial(_held, leaf)
+    return LazyTensor(label, leaf.extent.shape, leaf.extent.dtype, read, leaf.numpy)
 
 
-def lazy_tree(store: Store, tree: Tree, label: str) -> Tree:
+def _leaf(catalog: Catalog, store: Store, leaf: TensorLeaf, label: str, box: Box) -> Array:
+    extent = leaf.extent
+    whole = Fragment(Box.whole(extent.shape), extent)
+    cover = Cover.of(Key(label, "value"), TensorSpec(extent.shape, extent.dtype), [whole])
+    found = read_region(store, cover, box)
+    check_unchanged(store, catalog, [extent.object])
+    return found
+
+
+def _held(leaf: TensorLeaf, box: Box) -> Array:
+    assert leaf.inline is not None
+    cells = np.frombuffer(leaf.inline, np.uint8).reshape(*leaf.extent.shape, leaf.extent.itemsize)
+    index = tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))
+    return cells[index].copy().reshape(-1)
+
+
+def lazy_tree(catalog: Catalog, store: Store, tree: Tree, label: str) -> Tree:
     """A copy of a tree of training state whose tensors are `LazyTensor`; CorruptError for one that never ends."""
     for _ in walk(tree, where=label):
         pass
-    return _lazy_tree(store, tree, label)
+    return _lazy_tree(catalog, store, tree, label)
 
 
-def _lazy_tree(store: Store, node: Tree, label: str) -> Tree:
-    if isinstance(node, TensorLeaf):
-        return of_leaf(store, node, label)
+def read_tree(node: Tree) -> Tree:
+    """A copy of a tree that `lazy_tree` made, its tensors read: torch tensors, and arrays of numpy as such."""
+    if isinstance(node, LazyTensor):
+        return node[...].numpy() if node.from_numpy else node[...]
     if isinstance(node, dict):
-        return {key: _lazy_tree(store, value, f"{label}.{key}") for key, value in node.items()}
+        return {key: read_tree(value) for key, value in node.items()}
     if isinstance(node, list | tuple | set | frozenset):
-        return type(node)(_lazy_tree(store, value, f"{label}.{i}") for i, value in enumerate(node))
+        return type(node)(read_tree(value) for value in node)
+    return node
+
+
+def _lazy_tree(catalog: Catalog, store: Store, node: Tree, label: str) -> Tree:
+    if isinstance(node, TensorLeaf):
+        return of_leaf(catalog, store, node, label)
+    if isinstance(node, dict):
+        return {key: _lazy_tree(catalog, store, value, f"{label}.{key}") for key, value in node.items()}
+    if isinstance(node, list | tuple | set | frozenset):
+        return type(node)(_lazy_tree(catalog, store, value, f"{label}.{i}") for i, value in enumerate(node))
     return node
 
 
@@ -169,7 +193,9 @@ def _dim(part: Any, size: int, label: str) -> _Dim:
             raise UsageError(f"{label}: slice step {part.step}", hint="read with a positive step, then .flip()")
         span = range(*part.indices(size))
         return _Dim(span.start if span else 0, len(span), span.step, dropped=False)
-    if isinstance(part, bool) or not hasattr(part, "__index__") or getattr(part, "ndim", None):
+    # To torch, a tensor of one bool is a mask and not the int that it could be.
+    mask = isinstance(part, bool) or str(getattr(part, "dtype", "")) in ("bool", "torch.bool", "torch.uint8")
+    if mask or not hasattr(part, "__index__") or getattr(part, "ndim", None):
         raise UsageError(
             f"{label}: cannot be indexed with {type(part).__name__}",
             hint="use ints, slices and ..., and index the torch tensor that comes back",

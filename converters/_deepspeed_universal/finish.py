@@ -145,7 +145,7 @@ def _holder(number: int, names: list[str], owner: Mapping[str, ParamGroup], cata
 
 
 def _plain(checkpoint: Checkpoint, options: Mapping[str, Any]) -> dict[str, Any]:
-    values = lazy_tree(checkpoint.store, dict(options), "param_groups")
+    values = lazy_tree(checkpoint.catalog, checkpoint.store, dict(options), "param_groups")
     read = {key: value[...] if isinstance(value, LazyTensor) else value for key, value in values.items()}
     return {key: value for key, value in read.items() if key != "params" and not isinstance(value, Opaque)}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ucp.catalog import Catalog
-from ucp.lazy import LazyTensor, lazy_tree
+from ucp.lazy import lazy_tree, read_tree
 from ucp.store import Store
 from ucp.train.report import Findings
 from ucp.tree import Opaque, Tree, walk
@@ -18,7 +18,12 @@ _MAY_DIFFER = frozenset({"verbose"})
 """Entries that some versions of torch keep and others do not, as are all that begin with an underscore."""
 
 
-_PER_GROUP = ("base_lrs", "_last_lr")
+_PER_GROUP = frozenset({"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
+"""Lists with one entry per group of the optimizer, in torch/optim/lr_scheduler.py."""
+
+_NOT_PER_GROUP = frozenset({"_milestones", "milestones"})
+_NESTED = "_schedulers"
+"""States of the parts of a ``SequentialLR`` or ``ChainedScheduler``."""
 
 
 def plan_scheduler(
@@ -33,14 +38,14 @@ def plan_scheduler(
     if not isinstance(catalog.state.get(STATE), dict):
         findings.missing(STATE, STATE, catalog.state)
         return {}
-    tree: dict[str, Tree] = lazy_tree(store, catalog.state[STATE], STATE)
+    tree: dict[str, Tree] = lazy_tree(catalog, store, catalog.state[STATE], STATE)
     opaque = [path for path, node in walk(tree, where=STATE) if isinstance(node, Opaque)]
     if opaque:
         findings.add("map", STATE, f"holds objects that are never built: {', '.join(opaque[:3])}")
         return {}
     _compare_keys(tree, scheduler.state_dict(), findings)
     count = len(catalog.param_groups)
-    return {key: _by_group(key, _read(value), count, homes, findings) for key, value in tree.items()}
+    return _by_group(read_tree(tree), count, homes, findings)
 
 
 def _compare_keys(tree: Mapping[str, Tree], own: Mapping[str, Any], findings: Findings) -> None:
@@ -49,28 +54,37 @@ def _compare_keys(tree: Mapping[str, Tree], own: Mapping[str, Any], findings: Fi
             findings.add("missing" if key in own else "unexpected", f"{STATE}.{key}", "another kind of scheduler?")
 
 
-def _read(value: Tree) -> Any:
-    if isinstance(value, LazyTensor):
-        return value[...]
-    if isinstance(value, dict):
-        return {key: _read(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_read(entry) for entry in value)
-    return value
+def _by_group(
+    tree: Mapping[str, Any], count: int, homes: Sequence[Sequence[int]] | None, findings: Findings
+) -> dict[str, Any]:
+    """The state with what it keeps per group in the target's order, in schedulers made of schedulers too."""
+    if homes is None:
+        return dict(tree)
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key == _NESTED and isinstance(value, list):
+            found[key] = [_by_group(part, count, homes, findings) for part in value]
+        else:
+            found[key] = _ordered(key, value, count, homes, findings) if isinstance(value, list) else value
+    return found
 
 
-def _by_group(key: str, value: Any, count: int, homes: Sequence[Sequence[int]] | None, findings: Findings) -> Any:
-    if not isinstance(value, list) or homes is None:
+def _ordered(key: str, value: list[Any], count: int, homes: Sequence[Sequence[int]], findings: Findings) -> list[Any]:
+    same = [list(group) for group in homes] == [[i] for i in range(count)]
+    if key in _NOT_PER_GROUP or (same and len(value) == count) or (len(value) != count and key not in _PER_GROUP):
         return value
-    ordered = value
-    if len(value) == count and [list(group) for group in homes] != [[i] for i in range(count)]:
-        ordered = []
-        for number, group in enumerate(homes):
-            entries = [value[home] for home in group if home >= 0]
-            if not entries or any(entry != entries[0] for entry in entries):
-                findings.add("hyper-parameters", f"{STATE}.{key} of group {number}", f"source groups say {entries}")
-                return value
-            ordered.append(entries[0])
-    if key in _PER_GROUP and len(ordered) != len(homes):
-        findings.add("hyper-parameters", f"{STATE}.{key}", f"{len(value)} entries for {len(homes)} groups")
+    subject = f"{STATE}.{key}"
+    if key not in _PER_GROUP:
+        findings.add("hyper-parameters", subject, "may be by group, and the target's groups are not the source's")
+        return value
+    if len(value) != count:
+        findings.add("hyper-parameters", subject, f"{len(value)} entries for {count} groups of the source")
+        return value
+    ordered = []
+    for number, group in enumerate(homes):
+        entries = [value[home] for home in group if home >= 0]
+        if not entries or any(entry != entries[0] for entry in entries):
+            findings.add("hyper-parameters", f"{subject} of group {number}", f"source groups say {entries}")
+            return value
+        ordered.append(entries[0])
     return ordered
