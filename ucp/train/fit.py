@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
+
 import torch
 
 from ucp.errors import FitError
@@ -27,12 +30,32 @@ def check_tensor(findings: Findings, name: str, state: str, spec: TensorSpec, te
         findings.add("shape", label, f"{list(spec.shape)} in the source, {list(tensor.shape)} in the target")
         return False
     try:
-        local_tensor(tensor, label)
+        _check_memory(local_tensor(tensor, label), label)
         parts(tensor, label)
     except FitError as error:
         findings.add("memory", label, error.message if error.hint is None else f"{error.message}; {error.hint}")
         return False
     return check_dtype(findings, name, state, spec.dtype, tensor.dtype)
+
+
+def _check_memory(local: torch.Tensor, label: str) -> None:
+    if local.is_conj() or local.is_neg():
+        raise FitError(f"{label}: is a view that conjugates or negates what is in memory", hint="give resolved tensors")
+    if any(n > 1 and stride == 0 for n, stride in zip(local.shape, local.stride(), strict=True)):
+        raise FitError(f"{label}: several of its elements are one place in memory", hint="give expanded tensors cloned")
+
+
+def check_number(findings: Findings, label: str, number: float, dtype: torch.dtype) -> bool:
+    """Whether a number that the source keeps may become an element of `dtype`: floats round, integers never do."""
+    if isinstance(number, int) or not dtype.is_floating_point:
+        good = False
+        with suppress(RuntimeError, OverflowError):
+            good = torch.tensor(number, dtype=dtype).item() == number
+    else:
+        good = math.isfinite(torch.tensor(number, dtype=dtype).item()) == math.isfinite(number)
+    if not good:
+        findings.add("dtype", label, f"{number} in the source would change as {dtype_name(dtype)}")
+    return good
 
 
 def check_dtype(findings: Findings, name: str, state: str, source: str, dtype: torch.dtype) -> bool:

@@ -16,6 +16,10 @@ _OWN = frozenset({"params", "param_names", "name", "foreach", "fused", "capturab
 
 _SET_BY_SCHEDULERS = frozenset({"initial_lr"})
 
+_ALGORITHM = frozenset({"decoupled_weight_decay"})
+"""Entries that make another optimizer of it: AdamW would go on as Adam (torch/optim/adam.py). They stay the target's,
+and must be the source's wherever weights decay at all."""
+
 
 def source_groups(catalog: Catalog, sources: Sequence[str]) -> dict[int, list[str]]:
     """Number of a source group -> those of the source tensors `sources` that are in it; -1 for none."""
@@ -40,21 +44,29 @@ def plan_options(
     subject = f"group {number}"
     homes = source_groups(catalog, sources)
     if -1 in homes:
-        findings.add("hyper-parameters", subject, f"the source has no group with {_few(homes.pop(-1))}")
+        findings.add("hyper-parameters", subject, f"the source has no group with {few(homes.pop(-1))}")
     options: dict[str, Any] = {}
     for key in _keys(group, [catalog.param_groups[home] for home in homes]):
         values = {home: _plain(catalog.param_groups[home].options[key]) for home in homes if _has(catalog, home, key)}
         first = next(iter(values.values()))
         if any(value != first for value in values.values()) or len(values) < len(homes):
-            told = "; ".join(f"{values.get(home, 'none')} for {_few(homes[home])}" for home in homes)
+            told = "; ".join(f"{values.get(home, 'none')} for {few(homes[home])}" for home in homes)
             findings.add("hyper-parameters", f"{subject} {key}", told)
+        elif key in _ALGORITHM:
+            decays = any(catalog.param_groups[home].options.get("weight_decay") for home in homes)
+            if decays and group.get(key) != first:
+                told = f"{first} in the source, {group.get(key)} in the target"
+                findings.add("hyper-parameters", f"{subject} {key}", told)
         elif not isinstance(first, Opaque | TensorLeaf):
             options[key] = _as_kept(group.get(key), first)
-    kept = sorted(set(group) - _OWN - _SET_BY_SCHEDULERS - options.keys())
+    kept = sorted(set(group) - _OWN - _SET_BY_SCHEDULERS - _ALGORITHM - options.keys())
     if "lr" in kept and homes and f"{subject} lr" not in findings.subjects("hyper-parameters"):
         findings.add("hyper-parameters", f"{subject} lr", "the source has none")
     elif kept:
         findings.notes.append(f"{subject} keeps its own {', '.join(kept)}: the source has none")
+    known = {key for home in homes for key in catalog.param_groups[home].options}
+    if lost := sorted(known - _OWN - _SET_BY_SCHEDULERS - group.keys()):
+        findings.notes.append(f"{subject} has no {', '.join(lost)}, which the source has")
     return options
 
 
@@ -97,5 +109,6 @@ def _as_kept(kept: Any, value: Any) -> Any:
     return list(value) if isinstance(kept, list) and isinstance(value, tuple) else value
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first of many names."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

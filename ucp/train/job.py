@@ -10,11 +10,12 @@ import torch
 from torch.optim import Optimizer
 
 from ucp.catalog import Catalog
+from ucp.errors import FitError
 from ucp.store import Store
-from ucp.train.fit import check_dtype, check_tensor
-from ucp.train.groups import plan_group_step, plan_options, source_groups
+from ucp.train.fit import check_number, check_tensor
+from ucp.train.groups import few, plan_group_step, plan_options, source_groups
 from ucp.train.names import Rename, match, renamed, selected, stripped, unused
-from ucp.train.optimizer import ParameterPlan, State, plan_states, stored_template, template
+from ucp.train.optimizer import ParameterPlan, State, plan_states, template
 from ucp.train.report import Findings
 from ucp.train.scheduler import plan_scheduler
 from ucp.train.targets import Slot, Targets
@@ -51,6 +52,11 @@ class Job:
         names = (name for name in self.targets.names_of(parameter) if name in self.sources)
         return next(((name, self.sources[name]) for name in names if selected(name, self.only)), None)
 
+    def twins_of(self, parameter: torch.Tensor, source: str) -> tuple[str, ...]:
+        """Further tensors of the source that are tied to `source` in the target by this parameter."""
+        known = (self.sources.get(name, source) for name in self.targets.names_of(parameter))
+        return tuple(dict.fromkeys(other for other in known if other != source))
+
 
 def plan(job: Job, *, hyper_parameters: bool) -> None:
     """Fill in everything but the first five fields of `job`; what does not fit goes to its findings."""
@@ -67,6 +73,19 @@ def plan(job: Job, *, hyper_parameters: bool) -> None:
         homes = _homes(job, scheduler.optimizer) if hasattr(scheduler, "optimizer") else None
         job.schedules.append((scheduler, plan_scheduler(job.catalog, job.store, scheduler, homes, job.findings)))
     _find_unexpected(job)
+    _find_nothing(job, names)
+
+
+def _find_nothing(job: Job, names: Sequence[str]) -> None:
+    """Globs that select nothing, and a load that would fill nothing, are mistakes even where gaps are allowed."""
+    for glob in job.only or ():
+        if not any(selected(name, [glob]) for name in (*names, *job.catalog.tensors, *job.catalog.ties)):
+            job.findings.add("only", glob, "selects nothing")
+    if not job.used:
+        job.findings.add("names", "all", f"the source has none of the target's, such as {names[0]}")
+    if job.targets.transient:
+        kept = job.targets.transient
+        job.findings.notes.append(f"buffers that are in no checkpoint stay as they are: {few(kept)}")
 
 
 def _plan_slot(job: Job, slot: Slot) -> None:
@@ -106,12 +125,11 @@ def _same(job: Job, slot: Slot, source: str, other: str) -> bool:
 
 
 def _plan_number(job: Job, slot: Slot, source: str) -> None:
-    scalar = job.catalog.tensors[source].scalars[slot.state]
-    dtype = {"int": "int64", "float": "float64"}.get(scalar.dtype, scalar.dtype)
+    value = job.catalog.tensors[source].scalars[slot.state].value
     if slot.tensor.numel() != 1:
         job.findings.add("shape", slot.label, f"a number in the source, {list(slot.tensor.shape)} in the target")
-    elif check_dtype(job.findings, slot.names[0], slot.state, dtype, slot.tensor.dtype):
-        job.numbers.append((slot.tensor, scalar.value))
+    elif check_number(job.findings, slot.label, value, slot.tensor.dtype):
+        job.numbers.append((slot.tensor, value))
 
 
 def _plan_optimizer(job: Job, optimizer: Optimizer, *, hyper_parameters: bool) -> None:
@@ -125,9 +143,12 @@ def _plan_optimizer(job: Job, optimizer: Optimizer, *, hyper_parameters: bool) -
                 options = plan_options(job.catalog, number, group, sources, job.findings)
             options = {**plan_group_step(job.catalog, number, group, sources, job.findings), **options}
             job.groups.append((group, options))
-        for parameter, name, source in known:
-            made = ParameterPlan(parameter, name, source)
-            _plan_parameter(job, optimizer, {**group, **options}, made, templates)
+        try:
+            for parameter, name, source in known:
+                made = ParameterPlan(parameter, name, source, job.twins_of(parameter, source))
+                _plan_parameter(job, optimizer, {**group, **options}, made, templates)
+        except FitError as error:
+            job.findings.add("optimizer", f"group {number}", error.message)
     if job.findings.without_state and not any(_has_state(job.catalog, name) for name in job.catalog.tensors):
         job.findings.add("missing", "optimizer state", "the source holds none; load the module alone")
         job.stateless.clear()
@@ -154,12 +175,7 @@ def _plan_parameter(
     value = job.catalog.tensors[made.source].states.get("value")
     if value is None or value.shape != tuple(made.parameter.shape):
         return
-    try:
-        made.template = template(optimizer, group, made.parameter, templates)
-    except Exception as error:  # noqa: BLE001  an optimizer that we do not know may raise anything
-        kind = type(optimizer).__name__
-        job.findings.notes.append(f"{made.name}: states as stored, {kind} makes none from zero gradients ({error})")
-        made.template = stored_template(job.catalog, made.source)
+    made.template = template(optimizer, group, made.parameter, templates)
     if not _has_state(job.catalog, made.source):
         job.stateless.append((optimizer, made.parameter))
         if made.template:
@@ -200,4 +216,6 @@ def _find_unexpected(job: Job) -> None:
 def _optimized(job: Job) -> Iterator[str]:
     for optimizer in job.targets.optimizers:
         for group in optimizer.param_groups:
-            yield from (pair[1] for parameter in group["params"] if (pair := job.source_of(parameter)) is not None)
+            for parameter in group["params"]:
+                pair = job.source_of(parameter)
+                yield from () if pair is None else (pair[1], *job.twins_of(parameter, pair[1]))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ucp.checkpoint import Checkpoint
-from ucp.converter import read_catalog
+from ucp.checkpoint import Checkpoint, open_checkpoint
+from ucp.errors import UsageError
 from ucp.run.integrity import Ledger, Spans
+from ucp.run.unchanged import check_unchanged
 from ucp.store import Store
 from ucp.train.groups import install_options
 from ucp.train.job import Job, plan
@@ -28,11 +30,11 @@ _GAP = 64 << 10
 
 def load(
     target: Any,
-    source: str | Checkpoint,
+    source: str | os.PathLike[str] | Checkpoint,
     *,
     strict: bool = True,
     map: Rename | None = None,  # noqa: A002
-    only: Iterable[str] | None = None,
+    only: str | Iterable[str] | None = None,
     hyper_parameters: bool = True,
     verify: bool = True,
     workers: int | None = None,
@@ -57,43 +59,62 @@ def load(
     target of an unknown kind, and CorruptError or StorageError while reading, after which the target is partly filled.
     """
     start = time.perf_counter()
-    ckpt = source if isinstance(source, Checkpoint) else Checkpoint(*read_catalog(source, family=family, **options))
-    job = Job(ckpt.catalog, ckpt.store, take_apart(target), map, tuple(only) if only is not None else None)
-    plan(job, hyper_parameters=hyper_parameters)
-    job.findings.check(ckpt.url, strict=strict)
-    bytes_read = _carry_out(job, verify=verify, workers=workers or min(4, os.cpu_count() or 1))
-    return _report(job, bytes_read, time.perf_counter() - start)
+    if isinstance(source, Checkpoint):
+        if family is not None or options:
+            raise UsageError(
+                f"family and options are for opening, and {source.url} is open", hint="give them to ucp.open"
+            )
+        ckpt = source
+    else:
+        ckpt = open_checkpoint(source, family=family, **options)
+    globs = (only,) if isinstance(only, str) else only
+    # Tensors made inside a user's inference mode could never be trained.
+    with torch.inference_mode(False):
+        job = Job(ckpt.catalog, ckpt.store, take_apart(target), map, None if globs is None else tuple(globs))
+        plan(job, hyper_parameters=hyper_parameters)
+        job.findings.check(ckpt.url, strict=strict)
+        moved = _carry_out(job, verify=verify, workers=workers or min(4, os.cpu_count() or 1))
+    return _report(job, moved, time.perf_counter() - start)
 
 
-def _carry_out(job: Job, *, verify: bool, workers: int) -> int:
-    """Read everything, then install what optimizers and schedulers hold. Returns the bytes read."""
+class _Bytes(NamedTuple):
+    read: int
+    checked: int
+
+
+def _carry_out(job: Job, *, verify: bool, workers: int) -> _Bytes:
+    """Read everything, then install what optimizers and schedulers hold."""
     for _, made in job.states:
         job.fills += allocate(made, job.catalog)
     ledger = Ledger(Spans(job.catalog.checksums if verify else ()))
-    counts: list[int] = []
+    counts: dict[str, list[int]] = defaultdict(list)
 
     def record(object: str, offset: int, data: memoryview) -> None:
-        counts.append(len(data))
+        counts[object].append(len(data))
         ledger.record(object, offset, data)
 
     transfer(job.store, job.fills, workers=workers, record=record)
-    extra = _verify(ledger, job.store)
+    check_unchanged(job.store, job.catalog, counts)
+    checked, extra = _verify(ledger, job.store)
     with torch.no_grad():
         for tensor, value in job.numbers:
             tensor.fill_(value)
     _install(job)
-    return sum(counts) + extra
+    return _Bytes(sum(map(sum, counts.values())) + extra, checked)
 
 
-def _verify(ledger: Ledger, store: Store) -> int:
-    """Check the spans of which this rank read nearly all, and read the rest of them (padding, mostly)."""
+def _verify(ledger: Ledger, store: Store) -> tuple[int, int]:
+    """Check the spans of which this rank read nearly all, and read the rest of them (padding, mostly).
+
+    Returns the bytes checked, and how many of them were read for that.
+    """
     missing = {span: ledger.spans.checksums[span].length for span in {piece.span for piece in ledger.pieces()}}
     for piece in ledger.pieces():
         missing[piece.span] -= piece.length
     nearly = {span for span, n in missing.items() if n <= max(_GAP, ledger.spans.checksums[span].length // 64)}
     checked = Ledger(ledger.spans)
     checked.add(piece for piece in ledger.pieces() if piece.span in nearly)
-    return checked.verify(store)
+    return sum(ledger.spans.checksums[span].length for span in nearly), checked.verify(store)
 
 
 def _install(job: Job) -> None:
@@ -108,7 +129,7 @@ def _install(job: Job) -> None:
             scheduler.load_state_dict(state)
 
 
-def _report(job: Job, bytes_read: int, seconds: float) -> LoadReport:
+def _report(job: Job, moved: _Bytes, seconds: float) -> LoadReport:
     findings, catalog = job.findings, job.catalog
     loaded = {STATE} if job.schedules else set()
     return LoadReport(
@@ -116,7 +137,8 @@ def _report(job: Job, bytes_read: int, seconds: float) -> LoadReport:
         family=catalog.source.family,
         step=catalog.step,
         tensors=len(job.used),
-        bytes_read=bytes_read,
+        bytes_read=moved.read,
+        bytes_checked=moved.checked,
         seconds=seconds,
         renamed=findings.renamed,
         casts=tuple(findings.casts),

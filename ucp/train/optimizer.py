@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,21 +13,29 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ucp.catalog import Catalog, Scalar
+from ucp.errors import FitError
 from ucp.plan import TensorSpec
-from ucp.train.fit import check_dtype
+from ucp.train.fit import check_dtype, check_number
 from ucp.train.report import Findings
 from ucp.train.transfer import Fill
 
 State = dict[str, Any]
 
+_PLAIN_STEP = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
+"""Ways to compute that not every device has, and that do not change which states an optimizer keeps."""
+
 
 @dataclass(slots=True)
 class ParameterPlan:
-    """The state that a parameter will have: `template` as the optimizer keeps it, filled from tensor `source`."""
+    """The state that a parameter will have: `template` as the optimizer keeps it, filled from tensor `source`.
+
+    `twins` are further tensors of the source, tied in the target, whose states must be the same.
+    """
 
     parameter: torch.Tensor
     name: str
     source: str
+    twins: tuple[str, ...] = ()
     template: State = field(default_factory=dict)
     result: State = field(default_factory=dict)
 
@@ -53,6 +62,12 @@ def plan_states(plan: ParameterPlan, catalog: Catalog, findings: Findings) -> bo
             good = False
     for state in sorted(stored - plan.template.keys()):
         findings.add("unexpected", plan.label(state), "the target's optimizer keeps no such state")
+    for twin in (catalog.tensors[name] for name in plan.twins):
+        if (twin.states, twin.scalars) != (tensor.states, tensor.scalars):
+            findings.add(
+                "ties", plan.name, f"tied in the target, but the states of {plan.source} and {twin.name} differ"
+            )
+            good = False
     return good
 
 
@@ -76,14 +91,20 @@ def _fits(plan: ParameterPlan, state: str, kept: Any, spec: TensorSpec, findings
 
 def _scalar_fits(plan: ParameterPlan, state: str, kept: Any, scalar: Scalar, findings: Findings) -> bool:
     if isinstance(kept, torch.Tensor) and kept.numel() == 1:
-        return True
-    if isinstance(kept, int | float) or kept is None:
-        if isinstance(kept, int) and scalar.value != int(scalar.value):
-            findings.add("dtype", plan.label(state), f"{scalar.value} in the source, an integer in the target")
-            return False
+        return check_number(findings, plan.label(state), scalar.value, kept.dtype)
+    if isinstance(kept, bool | int | float):
+        return check_number(findings, plan.label(state), scalar.value, _dtype(kept))
+    if kept is None:
         return True
     findings.add("shape", plan.label(state), f"a number in the source, a {type(kept).__name__} in the target")
     return False
+
+
+def _dtype(number: float) -> torch.dtype:
+    """What holds any number of the same Python type."""
+    if isinstance(number, bool):
+        return torch.bool
+    return torch.int64 if isinstance(number, int) else torch.float64
 
 
 def allocate(plan: ParameterPlan, catalog: Catalog) -> list[Fill]:
@@ -93,7 +114,8 @@ def allocate(plan: ParameterPlan, catalog: Catalog) -> list[Fill]:
     for state, kept in plan.template.items():
         if state in tensor.states:
             made = _room(plan.parameter, kept, tensor.states[state])
-            fills.append(Fill(made, catalog.cover(plan.source, state)))
+            twins = tuple(catalog.cover(twin, state) for twin in plan.twins)
+            fills.append(Fill(made, catalog.cover(plan.source, state), twins))
         elif state in tensor.scalars:
             made = _number(kept, tensor.scalars[state])
         else:
@@ -126,41 +148,42 @@ def template(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Te
 
     To find out, the optimizer's own ``step`` runs once on a zero tensor of the parameter's dtype, device and number of
     dims; nothing of the optimizer is changed. `group` holds the hyper-parameters after the load; `known` remembers.
+    FitError for an optimizer that cannot step on zeros: what it would keep is not guessed.
     """
     state = optimizer.state.get(parameter)
     if state:
         return dict(state)
-    shape = tuple(min(2, n) for n in parameter.shape)
+    shape = tuple(max(1, min(2, n)) for n in parameter.shape)
     key = (id(optimizer), id(group["params"]), shape, parameter.dtype, parameter.device)
     if key not in known:
-        known[key] = _first_state(optimizer, group, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+        known[key] = _tried(optimizer, group, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
     # Copies: a state that happens to have the parameter's own shape is filled in place, and belongs to it alone.
     return {name: kept.clone() if isinstance(kept, torch.Tensor) else kept for name, kept in known[key].items()}
 
 
-def _first_state(optimizer: Optimizer, group: Mapping[str, Any], zeros: torch.Tensor) -> State:
-    dummy = torch.nn.Parameter(zeros)
-    dummy.grad = torch.zeros_like(dummy)
+def _tried(optimizer: Optimizer, group: Mapping[str, Any], zeros: torch.Tensor) -> State:
+    """The first state from a step as it is configured, else from a plain one, else from one on a sparse gradient."""
+    plain = {**group, **{key: value for key, value in _PLAIN_STEP.items() if key in group}}
+    errors = []
+    for options, gradient in ((group, zeros), (plain, zeros), (plain, zeros.to_sparse())):
+        try:
+            return _first_state(optimizer, options, zeros, gradient)
+        except Exception as error:  # noqa: BLE001  an optimizer that we do not know may raise anything
+            errors.append(error)
+    raise FitError(f"{type(optimizer).__name__} makes no state from zero gradients ({errors[0]})") from errors[0]
+
+
+def _first_state(optimizer: Optimizer, group: Mapping[str, Any], zeros: torch.Tensor, gradient: torch.Tensor) -> State:
+    dummy = torch.nn.Parameter(zeros.clone())
+    dummy.grad = gradient.clone()
     twin: Any = object.__new__(type(optimizer))
-    twin.__dict__.update(vars(optimizer))
+    for key, value in vars(optimizer).items():
+        twin.__dict__[key] = copy(value) if type(value) in (list, dict, set) else value
     twin._optimizer_step_pre_hooks = OrderedDict()
     twin._optimizer_step_post_hooks = OrderedDict()
     twin.state = defaultdict(dict)
     twin.param_groups = [{**group, "params": [dummy]}]
+    twin.defaults = {key: group.get(key, value) for key, value in optimizer.defaults.items()}
     # The instance's own `step` may be a learning-rate scheduler's, which counts calls.
     type(optimizer).step(twin)
     return dict(twin.state[dummy])
-
-
-def stored_template(catalog: Catalog, source: str) -> State:
-    """The state as the source has it, for an optimizer that does not step on a tensor of zeros."""
-    tensor = catalog.tensors[source]
-    found: State = {
-        state: torch.empty([min(2, n) for n in spec.shape], dtype=getattr(torch, spec.dtype))
-        for state, spec in tensor.states.items()
-        if state != "value"
-    }
-    for name, scalar in tensor.scalars.items():
-        plain = scalar.dtype in ("int", "float", "bool")
-        found[name] = scalar.value if plain else torch.tensor(scalar.value, dtype=getattr(torch, scalar.dtype))
-    return found

@@ -10,9 +10,22 @@ from typing import Literal, NamedTuple
 from ucp.errors import FitError
 
 ProblemKind = Literal[
-    "missing", "unexpected", "shape", "dtype", "hyper-parameters", "map", "ties", "memory", "undecided"
+    "missing",
+    "unexpected",
+    "shape",
+    "dtype",
+    "hyper-parameters",
+    "map",
+    "only",
+    "names",
+    "ties",
+    "memory",
+    "optimizer",
+    "undecided",
 ]
 _MOST_SHOWN = 30
+_MOST_COMPARED = 10
+"""Missing names for which near ones are looked up, which takes milliseconds for each name there is."""
 
 
 class Cast(NamedTuple):
@@ -58,7 +71,8 @@ class Findings:
 
     def missing(self, subject: str, name: str, known: Iterable[str]) -> None:
         """Note that the source lacks `name`, with the names of `known` that come nearest."""
-        close = get_close_matches(name, list(known), n=2)
+        few = len(self.problems) < _MOST_COMPARED
+        close = get_close_matches(name, list(known), n=2) if few else ()
         self.add("missing", subject, f"nearest: {', '.join(close)}" if close else "")
 
     def subjects(self, kind: ProblemKind) -> tuple[str, ...]:
@@ -83,6 +97,10 @@ def _hint(problems: Sequence[Problem]) -> str:
     kinds = {problem.kind for problem in problems}
     if kinds & {"missing", "unexpected"}:
         return "map={target name: source name} renames, only=[globs] selects, strict=False loads what there is"
+    if "names" in kinds:
+        return "map={target name: source name} renames; `ucp ls` shows the source's names"
+    if "optimizer" in kinds:
+        return "take a step with the optimizer first, so that it has states to fill"
     if "hyper-parameters" in kinds:
         return "make the optimizer's groups as they were, or keep the target's own with hyper_parameters=False"
     return "build the target as the source was built"
@@ -92,7 +110,9 @@ def _hint(problems: Sequence[Problem]) -> str:
 class LoadReport:
     """What `ucp.load` did.
 
-    `tensors` counts the source's tensors that were used, `bytes_read` the bytes this rank read. `renamed` is target
+    `tensors` counts the source's tensors that were used, `bytes_read` the bytes this rank read,
+    `bytes_checked` those that were set against checksums: all that lie under a checksum of which this rank read nearly
+    everything. `renamed` is target
     name -> source name where they differ, `casts` what changed its dtype. `without_state` names optimized parameters
     for which the source has no optimizer state; they start without. `missing` and `unexpected` are empty under
     ``strict``. `not_loaded` names the parts of the training state that nothing in the target asked for.
@@ -103,6 +123,7 @@ class LoadReport:
     step: int | None
     tensors: int
     bytes_read: int
+    bytes_checked: int
     seconds: float
     renamed: Mapping[str, str]
     casts: tuple[Cast, ...]
@@ -122,4 +143,5 @@ class LoadReport:
         }
         parts = [f"{self.tensors} tensors, {self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"]
         parts += [f"{count} {what}" for what, count in counts.items() if count]
-        return f"loaded step {self.step} of {self.url} ({self.family}): {', '.join(parts)}"
+        step = "" if self.step is None else f"step {self.step} of "
+        return f"loaded {step}{self.url} ({self.family}): {', '.join(parts)}"

@@ -35,7 +35,8 @@ def local_tensor(tensor: torch.Tensor, label: str) -> torch.Tensor:
         local = local.to_local()
     if local.is_meta:
         raise FitError(
-            f"{label}: is on the meta device, where it has no memory", hint="call module.to_empty(device=...)"
+            f"{label}: is on the meta device, where it has no memory",
+            hint="call module.to_empty(device=...), then make its non-persistent buffers anew",
         )
     if type(local) is not torch.Tensor or local.layout != torch.strided or local.is_quantized:
         raise FitError(f"{label}: cannot be filled in place, it is a {type(local).__name__} of layout {local.layout}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ucp.errors import ConflictError
+from ucp.errors import ConflictError, FitError
 from ucp.layout import Box, FlatRange, itemsize
 from ucp.plan import Cover, Extent, Fragment
 from ucp.run.gather import Record, gather
@@ -175,10 +175,30 @@ def _move(store: Store, block: Block, buffers: _Buffers, record: Record) -> None
     _read(store, block.cover, block.region, staged.numpy().data, record)
     _compare(store, block, staged.numpy().data, record)
     values = staged.view(dtype).reshape(block.region.shape)
+    _check_range(block, values)
     # A cast is cheaper on the device that it ends on.
     target.copy_(values.to(target.device, non_blocking=True) if cuda else values, non_blocking=cuda)
     if cuda:
         buffers.sent(target.device)
+
+
+def _check_range(block: Block, values: torch.Tensor) -> None:
+    """FitError where a finite number is beyond what the target's dtype holds, which would make it infinite."""
+    target = block.target.dtype
+    if not target.is_floating_point or torch.finfo(values.dtype).max <= 2 * torch.finfo(target).max:
+        return
+    if values.dtype.itemsize == 1:
+        values = values.float()
+    most = torch.finfo(target).max
+    low, high = torch.aminmax(values)
+    if -most <= low and high <= most:
+        return
+    beyond = values[values.isfinite() & (values.abs() > most)]
+    if len(beyond):
+        raise FitError(
+            f"{block.cover.key}: {beyond[0].item():.6g} is beyond {target}, which ends at {most:.6g}",
+            hint="give it a target of dtype bfloat16 or wider",
+        )
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
