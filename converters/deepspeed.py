@@ -11,7 +11,7 @@ from typing import Any
 
 from ucp.catalog import Catalog
 from ucp.converter import Target
-from ucp.errors import UsageError
+from ucp.errors import CorruptError, UsageError
 from ucp.store import Store
 
 from ._deepspeed.assemble import read_catalog
@@ -44,7 +44,11 @@ class DeepSpeed:
         if options:
             raise UsageError(f"deepspeed: unknown option {next(iter(options))!r}", hint="known: tag frozen")
         patterns = (frozen,) if isinstance(frozen, str) else tuple(frozen)
-        return read_catalog(store, tag=tag, frozen=patterns)
+        try:
+            return read_catalog(store, tag=tag, frozen=patterns)
+        except CorruptError as error:
+            error.hint = error.hint or "a file is damaged, or no checkpoint's: get it again from where it was written"
+            raise
 
     def target(self, catalog: Catalog, store: Store, **options: Any) -> Target:
         """UsageError: DeepSpeed's own layout is read only."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from ucp.errors import ConflictError, NotFoundError
+from ucp.errors import ConflictError, CorruptError, NotFoundError
 from ucp.store import Store
 from ucp.tree import Tree
 
@@ -66,7 +66,10 @@ def _check_none_too_many(save: Save) -> None:
 
 def _check_layers(base: str, save: Save) -> None:
     """A pipeline saves its weights by layer, and nothing in ``module`` (deepspeed/runtime/pipe/engine.py)."""
-    pipeline = any(file.root.get("module") is None for file in save.models.values())
+    for file in save.models.values():
+        if "module" not in file.root:
+            raise CorruptError(f"{file.path}: holds no module: not a model file of DeepSpeed", hint=MISSING_HINT)
+    pipeline = any(file.root["module"] is None for file in save.models.values())
     if pipeline and not save.layers:
         raise NotFoundError(f"{base}layer_00-model_states.pt: missing, and all other layers", hint=MISSING_HINT)
     if save.layers and not pipeline:

@@ -145,7 +145,9 @@ def _nothing_here(store: Store, names: list[str], folders: list[Folder]) -> NotF
             f"{store.url}: {_SCRIPT} is here, but no checkpoint files beside it",
             hint="it makes ordinary model files; training state is in the tag folder that DeepSpeed wrote",
         )
-    return NotFoundError(f"{store.url}: no DeepSpeed checkpoint here")
+    return NotFoundError(
+        f"{store.url}: no DeepSpeed checkpoint here", hint="give a tag folder, or the save root with `latest` in it"
+    )
 
 
 def _tag_folders(store: Store, names: Iterable[str]) -> Iterator[Folder]:

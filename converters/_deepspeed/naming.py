@@ -61,7 +61,7 @@ def candidates_of(entries: Mapping[str, Tree], buffers: set[str], frozen: Sequen
     """
     for pattern in frozen:
         if not any(fnmatchcase(name, pattern) for name in entries):
-            raise FitError(f"frozen: no parameter matches {pattern!r}")
+            raise FitError(f"frozen: no parameter matches {pattern!r}", hint="`ucp ls` shows the names")
     seen: set[Extent] = set()
     found: dict[str, TensorLeaf] = {}
     for name, node in entries.items():
