@@ -11,7 +11,7 @@ from typing import Any
 
 from ucp.catalog import Catalog
 from ucp.converter import Target
-from ucp.errors import CorruptError, UsageError
+from ucp.errors import CorruptError, NotFoundError, UsageError
 from ucp.store import Store
 
 from ._deepspeed.assemble import read_catalog
@@ -46,8 +46,8 @@ class DeepSpeed:
         patterns = (frozen,) if isinstance(frozen, str) else tuple(frozen)
         try:
             return read_catalog(store, tag=tag, frozen=patterns)
-        except CorruptError as error:
-            error.hint = error.hint or "a file is damaged, or no checkpoint's: get it again from where it was written"
+        except (CorruptError, NotFoundError) as error:
+            error.hint = error.hint or "a file is damaged, missing or foreign: copy the whole tag folder again"
             raise
 
     def target(self, catalog: Catalog, store: Store, **options: Any) -> Target:

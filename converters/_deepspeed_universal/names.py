@@ -41,6 +41,12 @@ def check_name(name: str) -> None:
             f"{name!r}: DeepSpeed makes a folder of a parameter's name, and this is no path inside the checkpoint",
             hint="rename the module, or resume from the universal form with ucp.load",
         )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise FitError(
+            f"{name!r} is not a valid Unicode name: {error.reason}", hint="rename the module before it is saved"
+        ) from error
     if any(len(part.encode()) > _MOST_NAME_BYTES for part in parts):
         raise FitError(
             f"{name[:60]!r}…: DeepSpeed makes a folder of a parameter's name, and this one is longer than file "

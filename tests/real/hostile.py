@@ -71,11 +71,7 @@ def refused(
     """
     before, destination = digests(source), folder / "refused"
     with pytest.raises(kind) as caught:
-        if opens:
-            open_checkpoint(str(source)).close()
-            convert(str(source), str(destination))
-        else:
-            open_checkpoint(str(source))
+        convert_opened(source, destination) if opens else open_checkpoint(str(source))
     assert caught.type is kind, caught.value
     said = [caught.value.message]
     assert caught.value.hint, "an error says what to do"
@@ -91,6 +87,15 @@ def refused(
     for there in (destination, folder / "refused by command"):
         no_checkpoint(there)
     return caught.value
+
+
+def convert_opened(source: Path, destination: Path) -> None:
+    """Convert a checkpoint that can be opened."""
+    try:
+        open_checkpoint(str(source)).close()
+    except UcpError as error:
+        raise AssertionError("cannot even be opened") from error
+    convert(str(source), str(destination))
 
 
 def found_by_verify(source: Path) -> list[dict[str, Any]]:
