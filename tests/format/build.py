@@ -46,7 +46,7 @@ def write(catalog: Catalog, store: Store, destination: Path, **options: Any) -> 
     target = CONVERTER.target(catalog, store, **options)
     found = LocalStore(str(destination))
     digests = {
-        task.object: write_object(store, found, task, ledger=Ledger(Spans(())), advance=lambda _: None)
+        task.object: write_object(store, found, task, ledger=Ledger(Spans(())), advance=lambda _: None)[0]
         for task in target.tasks
     }
     for path, data in target.finish(digests):

@@ -280,17 +280,8 @@ def test_no_manifest_breaks_the_reader(shared: LocalStore, data: st.DataObject, 
         Path(shared.root, ROOT).write_bytes(good)
 
 
-NO_ROOTS = [
-    b"",
-    b"[]",
-    b"{",
-    b"\xff",
-    b'{"a":1,"a":2}',
-    b'{"a":NaN}',
-    b'{"a":-1e999}',
-    rb'{"a":"\uD800"}',
-    b"[" * 100_000,
-]
+NO_ROOTS = [b"", b"[]", b"{", b"\xff", b'{"a":1,"a":2}', b'{"a":NaN}', b"[" * 100_000]
+NO_ROOTS += [b'{"a":-1e999}', rb'{"a":"\uD800"}']
 
 
 @pytest.mark.parametrize("text", NO_ROOTS)

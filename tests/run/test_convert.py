@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +306,41 @@ def test_a_killed_worker_is_an_error_that_says_how_to_go_on(source, there, tmp_p
     assert report.bytes_read + report.bytes_checked > 0
     convert(str(source), str(there.parent / "fresh"), to="shards")
     assert files(there) == files(there.parent / "fresh")
+
+
+@dataclass(frozen=True)
+class Endless(shards.Raw):
+    """A frame whose writer says which process it is and stays there."""
+
+    mark: str = ""
+
+    def literals(self):
+        Path(self.mark).write_text(str(os.getpid()))
+        time.sleep(60)
+        return ()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_pool_processes_do_not_outlive_a_killed_run(source, there, tmp_path):
+    """One that lived on would write into the destination while the next run does."""
+    conversion, mark = prepared(source, there), tmp_path / "mark"
+    task = conversion.plan.tasks[0]
+    endless = replace(conversion, plan=Plan.of([replace(task, frame=Endless(size=task.size, mark=str(mark)))]))
+    running = get_context("spawn").Process(target=carry_out, args=(endless,), kwargs={"processes": True})
+    running.start()
+    wait_until(lambda: mark.exists() and mark.read_text())
+    worker = Path("/proc", mark.read_text())
+    assert worker.exists()
+    running.kill()
+    running.join()
+    wait_until(lambda: not worker.exists())
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_threads_and_processes_write_and_report_the_same(source, tmp_path):

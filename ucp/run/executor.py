@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
@@ -142,6 +143,15 @@ def _start(job: _Job, stop: _Event) -> None:
             raise InterruptedRunError("stopped", hint="run the same command again: it resumes")
 
     _process = (job, Spans(job.checksums), advance)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """End this process when the run's first one is no more: the next run must find nobody writing."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _in_process(task: Task) -> Done:

@@ -13,6 +13,4 @@ def check_unchanged(store: Store, catalog: Catalog, paths: Iterable[str]) -> Non
     """CorruptError if one of the objects at `paths` is not the one that the catalog was made from."""
     for path in paths:
         if path in catalog.objects and store.entry(path).fingerprint != catalog.objects[path][1]:
-            raise CorruptError(
-                f"{store.url}/{path}: was changed after it was opened", hint="open the checkpoint again"
-            )
+            raise CorruptError(f"{store.url}/{path}: was changed after it was opened", hint="open the checkpoint again")

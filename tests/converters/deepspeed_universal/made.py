@@ -57,7 +57,7 @@ class Made:
         target = CONVERTER.target(catalog, self.store, **options)
         ledger = Ledger(Spans(()))
         digests = {
-            task.object: write_object(self.store, self.out, task, ledger=ledger, advance=lambda _: None)
+            task.object: write_object(self.store, self.out, task, ledger=ledger, advance=lambda _: None)[0]
             for task in Plan.of(target.tasks).tasks
         }
         for path, data in target.finish(digests):
