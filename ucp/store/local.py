@@ -17,6 +17,9 @@ from ucp.store.base import Buffer, Entry, Store, Writer, inside
 from ucp.store.errors import translated
 
 _OPEN_FILES = 64
+_PIECE_BYTES = 128 << 10
+"""Most bytes per write call. Larger calls make the page cache look for huge folios; where memory is ballooned or
+fragmented, 4 MiB calls were measured three to ten times slower than these (bench/limits.py)."""
 _FEW_FILES = 8
 """From more files on, one sync of the file system is cheaper than one per file (a journal commit each on ext4)."""
 
@@ -211,7 +214,7 @@ class _LocalWriter(Writer):
         with translated(self.full):
             done = 0
             while done < len(view):
-                done += os.pwrite(self.fd, view[done:], offset + done)
+                done += os.pwrite(self.fd, view[done : done + _PIECE_BYTES], offset + done)
 
     def close(self) -> None:
         with translated(self.full):
