@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import fsspec
@@ -139,7 +140,12 @@ class _FsspecWriter(Writer):
             return
 
 
+def _text(mark: object) -> str:
+    """The same text whether a file system tells a time as a number, as `ls` may, or as a datetime, as `info` may."""
+    return str(mark.timestamp() if isinstance(mark, datetime) else mark)
+
+
 def _entry(path: str, info: dict[str, Any]) -> Entry:
     marks = (info.get(name) for name in ("ETag", "etag", "md5", "mtime", "LastModified", "last_modified", "created"))
-    mark = next((str(value) for value in marks if value is not None), "")
+    mark = next((_text(value) for value in marks if value is not None), "")
     return Entry(path, int(info["size"]), f"{info['size']}-{mark}")

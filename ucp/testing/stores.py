@@ -81,6 +81,7 @@ class StoreConformance:
         assert [entry.path for entry in store.entries("b/")] == ["b/1", "b/2"]
         assert [entry.path for entry in store.entries("b")] == ["b/1", "b/2", "bc/3"]
         assert [entry.size for entry in store.entries("b/")] == [3, 3]
+        assert list(store.entries()) == [store.entry(path) for path in ("a", "b/1", "b/2", "bc/3")]
         assert store.children() == ["a", "b/", "bc/"]
         assert store.children("b") == ["1", "2"]
 
