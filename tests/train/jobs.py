@@ -269,3 +269,35 @@ def bfloat16_from_deepspeed(rank: int, world: int, url: str, case: Any) -> dict[
     )
     ucp.load(model, url)
     return {name: whole(parameter).view(torch.int16).numpy() for name, parameter in model.named_parameters()}
+
+
+def damaged(rank: int, world: int, source: Checkpoint, layout: str) -> tuple[str, int]:
+    """What a rank says of a damaged source, and the parameters for which its optimizer has a state after it."""
+    model = shard(build("lm"), layout, world)
+    optimizer = optimizer_of(model)
+    try:
+        ucp.load((model, optimizer), source)
+    except ucp.UcpError as error:
+        return f"{type(error).__name__}: {error}", len(optimizer.state)
+    return "nothing", len(optimizer.state)
+
+
+def checked(rank: int, world: int, source: Checkpoint, layout: str) -> tuple[int, int, int]:
+    """Bytes read by this rank, bytes checked by all of them, and all bytes under checksums."""
+    model = shard(build("lm"), layout, world)
+    report = ucp.load((model, optimizer_of(model)), source)
+    return report.bytes_read, report.bytes_checked, sum(c.length for c in source.catalog.checksums)
+
+
+class _Failing(Counting):
+    def read_into(self, path: str, offset: int, buffer: bytearray | memoryview) -> None:
+        raise ucp.StorageError(f"{path}: the disk of this rank is gone")
+
+
+def one_rank_fails(rank: int, world: int, source: Checkpoint) -> str:
+    ckpt = replace(source, store=_Failing(source.store)) if rank == 1 else source
+    try:
+        ucp.load(shard(build("lm"), "fsdp", world), ckpt, strict=False)
+    except ucp.StorageError as error:
+        return str(error)
+    return "nothing"

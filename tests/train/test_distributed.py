@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.support.gloo import spawn
 from tests.train import jobs
 from tests.train.handmade import columns, flat, make
 from ucp.checkpoint import Checkpoint
+from ucp.store import open_store
 
 STEPS = 3
 
@@ -122,3 +124,27 @@ def test_columns_read_a_bounded_multiple_of_what_they_need(tmp_path: Path) -> No
     for read, needed, right in spawn(jobs.columns_of_a_large_matrix, 3, source):
         assert right
         assert needed <= read <= 4 * needed + (64 << 10)
+
+
+@pytest.mark.parametrize(("layout", "world"), [("fsdp", 3), ("hsdp", 4)])
+def test_ranks_check_together_what_none_of_them_read_whole(lm: Truth, tmp_path: Path, layout: str, world: int) -> None:
+    catalog, store = lm.checkpoint.catalog, lm.checkpoint.store
+    found = spawn(jobs.checked, world, lm.checkpoint, layout)
+    assert all(checked == whole for _, checked, whole in found)
+    assert sum(read for read, _, _ in found) < found[0][2] * world * 0.8, "nobody reads everything"
+    for entry in store.entries():
+        data = bytearray(store.read(entry.path))
+        if entry.path == "rank1.bin":
+            data[len(data) // 2] ^= 1
+        (tmp_path / entry.path).write_bytes(data)
+    broken = Checkpoint(replace(catalog, url=str(tmp_path)), open_store(str(tmp_path)))
+    for said, states in spawn(jobs.damaged, world, broken, layout):
+        assert said.startswith("CorruptError: ")
+        assert "rank1.bin: bytes 0.." in said
+        assert states == 0
+
+
+def test_what_one_rank_raises_all_of_them_raise(lm: Truth) -> None:
+    assert {said.partition(": ")[2] for said in spawn(jobs.one_rank_fails, 2, lm.checkpoint)} == {
+        "the disk of this rank is gone"
+    }

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ucp.checkpoint import Checkpoint, open_checkpoint
 from ucp.errors import UsageError
-from ucp.run.integrity import Ledger, Spans
+from ucp.run.integrity import Ledger, Piece, Spans
 from ucp.run.unchanged import check_unchanged
 from ucp.store import Store
+from ucp.train.crew import Crew
 from ucp.train.groups import install_options
 from ucp.train.job import Job, plan
 from ucp.train.names import Rename
@@ -26,6 +27,9 @@ from ucp.train.transfer import transfer
 
 _GAP = 64 << 10
 """Bytes that may be read beyond what was asked for, per checksum, to make it tell."""
+
+_MOST_PIECES = 1024
+"""Parts of one checksum's bytes, not next to each other, that a rank tells the others of."""
 
 
 def load(
@@ -45,35 +49,40 @@ def load(
 
     `target` is a module, ``(module, optimizer)``, a dict ``name: tensor`` or ``name: {state: tensor}``, or a dict of
     these under ``model``, ``optimizer`` and ``lr_scheduler``. Tensors may be DTensors with any placements but partial
-    ones; every rank reads just the bytes of its own shards, and no rank waits for another. Values are cast to the
-    target's dtype, rounded to nearest even; the report lists casts.
+    ones; every rank reads just the bytes of its own shards. Values are cast to the target's dtype, rounded to nearest
+    even; the report lists casts.
 
     Optimizer states are made where the optimizer has none yet, laid out as their parameters. Hyper-parameters go to
     the groups that hold the same parameters by name; ``hyper_parameters=False`` keeps the target's own.
 
     `strict` asks that source and target hold the same names, states and shapes. `map` renames (target name -> source
-    name), `only` selects names by globs. `verify` checks what was read against the checksums that the source keeps.
+    name), `only` selects names by globs. `verify` checks what was read against the checksums that the source keeps;
+    the ranks of a target's mesh do so together, so all of them must call, and what one raises they all raise.
     `workers` threads read (default: up to 4), each with a bounded buffer. `options` go to the family's reader.
 
     Nothing is changed unless everything fits. Raises FitError that lists all problems, NotFoundError, UsageError for a
     target of an unknown kind, and CorruptError or StorageError while reading, after which the target is partly filled.
     """
     start = time.perf_counter()
-    if isinstance(source, Checkpoint):
-        if family is not None or options:
-            raise UsageError(
-                f"family and options are for opening, and {source.url} is open", hint="give them to ucp.open"
-            )
-        ckpt = source
-    else:
-        ckpt = open_checkpoint(source, family=family, **options)
     globs = (only,) if isinstance(only, str) else only
     # Tensors made inside a user's inference mode could never be trained.
     with torch.inference_mode(False):
-        job = Job(ckpt.catalog, ckpt.store, take_apart(target), map, None if globs is None else tuple(globs))
-        plan(job, hyper_parameters=hyper_parameters)
-        job.findings.check(ckpt.url, strict=strict)
-        moved = _carry_out(job, verify=verify, workers=workers or min(4, os.cpu_count() or 1))
+        targets = take_apart(target)
+        crew = Crew.of(slot.tensor for slot in targets.slots) if verify else Crew()
+
+        def read() -> tuple[tuple[Job, Ledger], list[Piece]]:
+            ckpt = _opened(source, family, options)
+            job = Job(ckpt.catalog, ckpt.store, targets, map, None if globs is None else tuple(globs))
+            plan(job, hyper_parameters=hyper_parameters)
+            job.findings.check(ckpt.url, strict=strict)
+            ledger = Ledger(Spans(ckpt.catalog.checksums if verify else ()))
+            _fill(job, ledger, workers or min(4, os.cpu_count() or 1))
+            return (job, ledger), _telling(ledger)
+
+        (job, ledger), pieces = crew.share(read)
+        extra, checked = crew.share(lambda: _verify(ledger, pieces, crew, job.store))
+        _install(job)
+    moved = _Bytes(ledger.bytes_read + extra, sum(checked))
     return _report(job, moved, time.perf_counter() - start)
 
 
@@ -82,42 +91,56 @@ class _Bytes(NamedTuple):
     checked: int
 
 
-def _carry_out(job: Job, *, verify: bool, workers: int) -> _Bytes:
-    """Read everything, then install what optimizers and schedulers hold."""
+def _opened(source: str | os.PathLike[str] | Checkpoint, family: str | None, options: Mapping[str, Any]) -> Checkpoint:
+    if not isinstance(source, Checkpoint):
+        return open_checkpoint(source, family=family, **options)
+    if family is not None or options:
+        raise UsageError(f"family and options are for opening, and {source.url} is open", hint="give them to ucp.open")
+    return source
+
+
+def _fill(job: Job, ledger: Ledger, workers: int) -> None:
+    """Read everything into its place."""
     for _, made in job.states:
         job.fills += allocate(made, job.catalog)
-    ledger = Ledger(Spans(job.catalog.checksums if verify else ()))
-    counts: dict[str, list[int]] = defaultdict(list)
+    touched: set[str] = set()
 
     def record(object: str, offset: int, data: memoryview) -> None:
-        counts[object].append(len(data))
+        touched.add(object)
         ledger.record(object, offset, data)
 
     transfer(job.store, job.fills, workers=workers, record=record)
-    check_unchanged(job.store, job.catalog, counts)
-    checked, extra = _verify(ledger, job.store)
-    with torch.no_grad():
-        for tensor, value in job.numbers:
-            tensor.fill_(value)
-    _install(job)
-    return _Bytes(sum(map(sum, counts.values())) + extra, checked)
+    check_unchanged(job.store, job.catalog, touched)
 
 
-def _verify(ledger: Ledger, store: Store) -> tuple[int, int]:
-    """Check the spans of which this rank read nearly all, and read the rest of them (padding, mostly).
+def _telling(ledger: Ledger) -> list[Piece]:
+    """What this rank read, but for checksums of which it read very many small parts: too much to tell others."""
+    counts = Counter(piece.span for piece in ledger.pieces())
+    return [piece for piece in ledger.pieces() if counts[piece.span] <= _MOST_PIECES]
 
-    Returns the bytes checked, and how many of them were read for that.
+
+def _verify(ledger: Ledger, pieces: Sequence[Sequence[Piece]], crew: Crew, store: Store) -> tuple[int, int]:
+    """Check this rank's share of the spans of which the crew read nearly all, and read their rest (padding, mostly).
+
+    Returns the bytes read for that, and the bytes checked.
     """
-    missing = {span: ledger.spans.checksums[span].length for span in {piece.span for piece in ledger.pieces()}}
-    for piece in ledger.pieces():
+    known = Ledger(ledger.spans)
+    known.add(piece for rank in pieces for piece in rank if piece.span % crew.size == crew.rank)
+    sizes = {piece.span: ledger.spans.checksums[piece.span].length for piece in known.pieces()}
+    missing = dict(sizes)
+    for piece in known.pieces():
         missing[piece.span] -= piece.length
-    nearly = {span for span, n in missing.items() if n <= max(_GAP, ledger.spans.checksums[span].length // 64)}
+    nearly = {span for span, n in missing.items() if n <= max(_GAP, sizes[span] // 64)}
     checked = Ledger(ledger.spans)
-    checked.add(piece for piece in ledger.pieces() if piece.span in nearly)
-    return sum(ledger.spans.checksums[span].length for span in nearly), checked.verify(store)
+    checked.add(piece for piece in known.pieces() if piece.span in nearly)
+    return checked.verify(store), sum(sizes[span] for span in nearly)
 
 
 def _install(job: Job) -> None:
+    """Set what optimizers, groups and schedulers hold, and numbers in tensors."""
+    with torch.no_grad():
+        for tensor, value in job.numbers:
+            tensor.fill_(value)
     for optimizer, parameter in job.stateless:
         optimizer.state.pop(parameter, None)
     for optimizer, made in job.states:

@@ -111,8 +111,8 @@ class LoadReport:
     """What `ucp.load` did.
 
     `tensors` counts the source's tensors that were used, `bytes_read` the bytes this rank read,
-    `bytes_checked` those that were set against checksums: all that lie under a checksum of which this rank read nearly
-    everything. `renamed` is target
+    `bytes_checked` those that it and the ranks it shares a mesh with set against checksums: all that lie under a
+    checksum of which they read nearly everything. `renamed` is target
     name -> source name where they differ, `casts` what changed its dtype. `without_state` names optimized parameters
     for which the source has no optimizer state; they start without. `missing` and `unexpected` are empty under
     ``strict``. `not_loaded` names the parts of the training state that nothing in the target asked for.

@@ -27,13 +27,13 @@ class Team:
 
         Whatever `work` raises on any rank, or `answer` on rank 0, every rank raises; StorageError if a rank is gone.
         """
-        result = _attempt(work)
-        results = self._exchange(self._gather, _portable(result, self.rank))
+        result = attempt(work)
+        results = self._exchange(self._gather, portable(result, self.rank))
         answers: list[Any] | None = None
         if self.rank == 0:
             failed = next((found for found in results if isinstance(found, Exception)), None)
-            made = failed if failed is not None else _attempt(lambda: answer(results))
-            answers = [_portable(made, 0)] * self.world if isinstance(made, Exception) else list(made)
+            made = failed if failed is not None else attempt(lambda: answer(results))
+            answers = [portable(made, 0)] * self.world if isinstance(made, Exception) else list(made)
         given = self._exchange(self._scatter, answers)
         if isinstance(result, Exception):
             raise result
@@ -65,7 +65,7 @@ class Team:
         return received[0]
 
 
-def _attempt(work: Callable[[], Any]) -> Any:
+def attempt(work: Callable[[], Any]) -> Any:
     """What `work` returns, or the exception it raises."""
     try:
         return work()
@@ -73,7 +73,7 @@ def _attempt(work: Callable[[], Any]) -> Any:
         return error
 
 
-def _portable(result: Any, rank: int) -> Any:
+def portable(result: Any, rank: int) -> Any:
     """`result` as it can travel: our own errors do as they are, others by name and message."""
     if not isinstance(result, Exception):
         return result
