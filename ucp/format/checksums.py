@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -25,6 +25,22 @@ def read_file(store: Store, file: File) -> bytes:
             hint="the file is damaged: restore it from another copy",
         )
     return data
+
+
+def listed(store: Store, wanted: Mapping[str, int], *, root: str) -> dict[str, tuple[int, str]]:
+    """Size and fingerprint of the `root` and of every object in `wanted`, a map from path to size; from one listing.
+
+    CorruptError if one is missing or has another size.
+    """
+    found = {entry.path: entry for entry in store.entries()}
+    for path, size in wanted.items():
+        if path not in found:
+            raise CorruptError(f"{store.url}/{path}: missing", hint="restore it from another copy")
+        if found[path].size != size:
+            raise CorruptError(
+                f"{store.url}/{path}: has {found[path].size} bytes, not {size}", hint="restore it from another copy"
+            )
+    return {path: (found[path].size, found[path].fingerprint) for path in (root, *wanted)}
 
 
 @dataclass(eq=False)

@@ -7,8 +7,9 @@ from typing import Any
 
 from ucp.catalog import Catalog, ParamGroup, Source
 from ucp.converter import Target
-from ucp.errors import CorruptError, UsageError
+from ucp.errors import UsageError
 from ucp.format import parse
+from ucp.format.checksums import listed
 from ucp.format.leaves import LeafReader
 from ucp.format.native_manifest import FAMILY, ROOT, NativeManifest, loads
 from ucp.format.state import Decoder
@@ -73,18 +74,10 @@ def _group(doc: dict[str, Any], decoder: Decoder, where: str) -> ParamGroup:
 
 
 def _objects(store: Store, manifest: NativeManifest) -> dict[str, tuple[int, str]]:
-    """Size and fingerprint of every object, from one listing; CorruptError if one is missing or has another size."""
+    """Size and fingerprint of every object; CorruptError if one is missing or has another size."""
     wanted = {shard.path: shard.size for shard in manifest.shards}
     wanted |= {file.path: file.size for file in manifest.files.values()}
-    found = {entry.path: entry for entry in store.entries()}
-    for path, size in wanted.items():
-        if path not in found:
-            raise CorruptError(f"{store.url}/{path}: missing", hint="restore it from another copy")
-        if found[path].size != size:
-            raise CorruptError(
-                f"{store.url}/{path}: has {found[path].size} bytes, not {size}", hint="restore it from another copy"
-            )
-    return {path: (found[path].size, found[path].fingerprint) for path in (ROOT, *wanted)}
+    return listed(store, wanted, root=ROOT)
 
 
 CONVERTER = NativeConverter()

@@ -9,7 +9,7 @@ from typing import Any
 from ucp.catalog import Catalog, Checksum
 from ucp.errors import CorruptError, NotFoundError, UsageError
 from ucp.format import parse
-from ucp.format.checksums import Checksums, read_file
+from ucp.format.checksums import Checksums, listed, read_file
 from ucp.format.documents import Json, parsed, root_digest, zarr_documents
 from ucp.format.grid import SHARD_BYTES
 from ucp.format.leaves import LeafReader
@@ -135,22 +135,11 @@ def _blob(row: Json, held: int, where: str) -> Blob:
 
 
 def _objects(store: Store, manifest: Manifest) -> dict[str, tuple[int, str]]:
-    """Size and fingerprint of every object, from one listing; CorruptError if one is missing or has another size."""
+    """Size and fingerprint of every object; CorruptError if one is missing or has another size."""
     wanted = {path: file.size for path, file in manifest.files.items()}
     for array in (array for record in manifest.records for array in record.arrays):
         wanted |= {array.object(number): shard.size for number, shard in enumerate(array.shards)}
-    root = store.entry(ROOT)
-    found = {entry.path: entry for entry in store.entries()}
-    for path, size in wanted.items():
-        if path not in found:
-            raise CorruptError(f"{store.url}/{path}: missing", hint="restore it from another copy")
-        if found[path].size != size:
-            raise CorruptError(
-                f"{store.url}/{path}: has {found[path].size} bytes, not {size}", hint="restore it from another copy"
-            )
-    return {ROOT: (root.size, root.fingerprint)} | {
-        path: (size, found[path].fingerprint) for path, size in wanted.items()
-    }
+    return listed(store, wanted, root=ROOT)
 
 
 CONVERTER = UniversalConverter()
