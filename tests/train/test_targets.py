@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.train.handmade import flat, make
 from tests.train.test_load import Net, adamw, assert_same_state, checkpoint, train_step, trained
 from ucp.checkpoint import Checkpoint
 from ucp.train.save import save
+from ucp.train.transfer import BLOCK_BYTES
 
 
 @pytest.fixture
@@ -268,3 +270,23 @@ def test_memory_formats_of_parameters_are_kept(tmp_path: Path) -> None:
     step(model, optimizer)
     step(other, resumed)
     assert_same_state(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures through proc(5)")
+@pytest.mark.parametrize("room", ["cast", "turned"])
+def test_staging_memory_is_bounded(tmp_path: Path, room: str) -> None:
+    truth = torch.arange(24 << 20, dtype=torch.float32).reshape(6 << 10, 4 << 10)
+    catalog, store = make(str(tmp_path), {"x": {"value": truth}}, cut=flat(3))
+    target = torch.zeros_like(truth, dtype=torch.bfloat16) if room == "cast" else torch.zeros_like(truth.T).T
+    workers = 2
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    ucp.load({"x": target}, Checkpoint(catalog, store), workers=workers)
+    assert resident("VmHWM") - before < workers * 4 * BLOCK_BYTES + (16 << 20)
+    assert torch.equal(target, truth.to(target.dtype))
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
