@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import subprocess
@@ -94,6 +96,27 @@ class TestLocal(StoreConformance):
         ):
             pass
         with store.exclusive():
+            pass
+
+    @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+    def test_file_systems_without_locks_and_reservations(self, store, monkeypatch, number):
+        """As Lustre without the mount option flock."""
+
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        with store.exclusive(), store.create("a", 3) as writer:
+            writer.write_at(0, b"abc")
+        assert store.read("a") == b"abc"
+
+    def test_a_lock_that_fails_is_a_storage_error(self, store, monkeypatch):
+        def fail(*_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(fcntl, "flock", fail)
+        with pytest.raises(StorageError), store.exclusive():
             pass
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

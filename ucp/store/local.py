@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -22,6 +23,9 @@ _PIECE_BYTES = 128 << 10
 fragmented, 4 MiB calls were measured three to ten times slower than these (bench/limits.py)."""
 _FEW_FILES = 8
 """From more files on, one sync of the file system is cheaper than one per file (a journal commit each on ext4)."""
+
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+"""How file systems say that they lack an operation."""
 
 _TEMPORARY = re.compile(r"\.\d+-\d+\.tmp$")
 """How `_put` names what it writes beside its object."""
@@ -143,10 +147,8 @@ class LocalStore(Store):
                 raise UsageError(f"{self.root}: a file is in the way", hint="choose another destination") from None
             fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConflictError(f"{self.root}: another process is writing it", hint="wait for it to end") from None
+            with translated(self.root):
+                _lock(fd, self.root)
             yield
         finally:
             os.close(fd)
@@ -203,8 +205,7 @@ class _LocalWriter(Writer):
         self.full = full
         self.fd = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            if size:
-                os.posix_fallocate(self.fd, 0, size)
+            _reserve(self.fd, size)
         except OSError:
             self.abort()
             raise
@@ -237,6 +238,27 @@ def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
             continue
         seen.add(real)
         yield folder, names
+
+
+def _lock(fd: int, root: str) -> None:
+    """Lock a folder, where its file system can: Lustre, for one, is often mounted without (mount option ``flock``)."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConflictError(f"{root}: another process is writing it", hint="wait for it to end") from None
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Take the room of a file at once, where its file system can, so that a full disk shows before the work."""
+    try:
+        if size:
+            os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def _entry(path: str, info: os.stat_result) -> Entry:
@@ -280,6 +302,9 @@ def _sync(full: str) -> None:
     fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not os.path.isdir(full):
+            raise  # a file must be synced; some network file systems cannot sync folders
     finally:
         os.close(fd)
 
