@@ -24,6 +24,8 @@ from tests.support.gloo import spawn
 
 def run(case: Case, out: Path, *, timeout: float) -> None:
     """Run the case with forked ranks and write everything into `out`."""
+    if case.launcher in _MODULES:
+        importlib.import_module(_MODULES[case.launcher])
     engines.prepare_process()
     spawn(_train_and_save, case.world, case, str(out), timeout=timeout, method="fork")
 
@@ -66,6 +68,11 @@ def _run_accelerate(case: Case, rank: int, world: int, folder: Path) -> Result:
     return accelerated.run(case, rank, world, folder, describe)
 
 
+_MODULES = {
+    "pipeline": "tests.support.pipeline",
+    "trainer": "tests.support.trainer",
+    "accelerate": "tests.support.accelerated",
+}
 _LAUNCHERS: dict[str, Callable[[Case, int, int, Path], Result]] = {
     "engine": _run_engine,
     "pipeline": _run_pipeline,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib
 from typing import Any
 
 import deepspeed
@@ -13,6 +15,12 @@ from torch import Tensor, distributed
 from tests.support.case import Case
 from tests.support.model import GLOBAL_BATCH, build_model, group_names, local_batch, param_groups
 from tests.support.optimizers import build_optimizer
+
+_LATE_IMPORTS = (
+    "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.runtime.zero.stage3",
+    "torch._inductor.compile_fx",
+)
 
 Result = tuple[dict[str, Tensor], dict[str, Any], list[float], list[float]]
 """What a job hands back: truth, record, losses before the save, losses after it."""
@@ -44,9 +52,15 @@ class Job:
 def prepare_process() -> None:
     """Make DeepSpeed usable on a plain CPU, before ranks are forked.
 
+    What its engines import when they are made, torch's compiler among it, is imported here: once, and not by each rank,
+    where it took most of the time.
     The shared-memory all-reduce is declared incompatible so that collectives run on gloo and nothing is compiled;
     DeepSpeed itself takes that path on machines without Linux or a compiler (comm/torch.py, build_shm_op).
     """
+    for name in _LATE_IMPORTS:
+        importlib.import_module(name)
+    # DeepSpeed collects garbage a lot; a million objects of imported modules need not be looked through each time.
+    gc.freeze()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     # torch computes float16 on any CPU; the accelerator only knows whether it is fast there.
