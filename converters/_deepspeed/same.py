@@ -9,6 +9,7 @@ from typing import Any
 
 from ucp.catalog import Checksum
 from ucp.container.torchfile import leaf_bytes, leaf_scalar
+from ucp.errors import CorruptError
 from ucp.store import Store
 from ucp.tree import Opaque, TensorLeaf, Tree
 
@@ -40,17 +41,29 @@ class Comparison:
     def scalar(self, leaf: TensorLeaf) -> int | float | bool:
         """Value of a tensor of one element. Records that are equal by size and CRC-32 are read once.
 
-        A CRC-32 of at most four bytes is one to one; it is relied on only where it was found to be true.
+        A CRC-32 of at most four bytes is one to one. CorruptError where the bytes contradict it: a scalar is part of
+        the catalog, so nothing that reads data later would notice.
         """
         member = self.member(leaf)
-        if member is None or member.length > 4 or member.length != leaf.extent.nbytes:
+        if member is None or member.length > _COMPARED_BYTES:
+            return leaf_scalar(self._store, leaf)
+        if member.length > 4 or member.length != leaf.extent.nbytes:
+            self._check(member)
             return leaf_scalar(self._store, leaf)
         key = (member.value, member.length, leaf.extent.dtype)
         if key not in self._scalars:
-            if zlib.crc32(leaf_bytes(self._store, leaf)) != member.value:
-                return leaf_scalar(self._store, leaf)
+            self._check(member)
             self._scalars[key] = leaf_scalar(self._store, leaf)
         return self._scalars[key]
+
+    def _check(self, member: Checksum) -> None:
+        """CorruptError if the record's bytes contradict its CRC-32."""
+        if zlib.crc32(self._store.read(member.object, member.offset, member.length)) != member.value:
+            raise CorruptError(
+                f"{self._store.url}/{member.object}: bytes {member.offset} to {member.offset + member.length} do not "
+                "match their CRC-32",
+                hint="the file is damaged: get it again from where it was written",
+            )
 
     def equal(self, a: Tree, b: Tree) -> bool:
         """Whether two trees are the same."""
