@@ -58,9 +58,11 @@ def test_a_component_is_safe_everywhere(name: str) -> None:
 @given(NAMES)
 @example("=u1")
 @example("A=u1")
+@example("0::A" + "\x80" * 13 + "\U00010000" * 6)
 def test_names_come_back(name: str) -> None:
-    back = unescape(escape(name))
-    assert back == name or (back is None and len(escape(name)) == NAME_LIMIT)
+    back, length = unescape(escape(name)), len(escape(name))
+    # A name that is cut may miss the limit by what is left of an escape of three bytes.
+    assert back == name or (back is None and NAME_LIMIT - 2 <= length <= NAME_LIMIT)
 
 
 @given(NAMES, NAMES)
