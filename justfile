@@ -34,7 +34,7 @@ test *args:
 
 # The long tests, with more examples
 test-slow *args:
-    {{ python }} -m pytest -m slow --hypothesis-profile=ci "$@"
+    {{ python }} -m pytest -n auto -m slow --hypothesis-profile=ci "$@"
 
 # Links, commands and examples of the documentation, and the changelog fragments
 docs:
