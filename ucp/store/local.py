@@ -39,6 +39,7 @@ class LocalStore(Store):
         self.url = self.root
         self._files: OrderedDict[str, _Handle] = OrderedDict()
         self._lock = threading.Lock()
+        self._held = -1
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:
         return (LocalStore, (self.root,))
@@ -98,7 +99,7 @@ class LocalStore(Store):
 
     def flush(self, paths: Sequence[str]) -> None:
         with translated(self.root):
-            if len(paths) > _FEW_FILES and _sync_file_system(self.root):
+            if len(paths) > _FEW_FILES and self._held >= 0 and _sync_file_system(self._held):
                 return
             for full in sorted({name for path in paths for name in self._and_folders(path)}):
                 _sync(full)
@@ -149,8 +150,11 @@ class LocalStore(Store):
         try:
             with translated(self.root):
                 _lock(fd, self.root)
+            # Open since before the first write, so that no failed writeback can go unseen (syncfs(2), "ERRORS").
+            self._held = fd
             yield
         finally:
+            self._held = -1
             os.close(fd)
 
     def close(self) -> None:
@@ -309,16 +313,12 @@ def _sync(full: str) -> None:
         os.close(fd)
 
 
-def _sync_file_system(folder: str) -> bool:
-    """Sync the whole file system of `folder` in one call, which beats one per file; False where there is none."""
+def _sync_file_system(fd: int) -> bool:
+    """Sync the file system of an open folder in one call, which beats one per file; False where there is none."""
     syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     if syncfs is None:
         return False
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if syncfs(fd) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-    finally:
-        os.close(fd)
+    if syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
     return True
