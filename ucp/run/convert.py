@@ -16,7 +16,7 @@ from typing import Any
 
 from ucp.catalog import Catalog
 from ucp.converter import Target, converter, read_catalog
-from ucp.errors import CorruptError, InterruptedRunError
+from ucp.errors import InterruptedRunError
 from ucp.plan import Plan
 from ucp.run import journal as journals
 from ucp.run.destination import RECORD, State, Wanted, check_whole, clear, examine, lost, refuse_overlap
@@ -24,6 +24,7 @@ from ucp.run.executor import default_workers, run_tasks
 from ucp.run.integrity import Ledger, Spans
 from ucp.run.journal import Done, Journal
 from ucp.run.progress import Counter, Progress, Report
+from ucp.run.unchanged import check_unchanged
 from ucp.store import Store, open_store
 
 _FLUSH_SECONDS = 1.0
@@ -211,12 +212,8 @@ def _verify_source(conversion: Conversion, done: Mapping[str, Done]) -> int:
     for finished in done.values():
         ledger.add(finished.pieces)
     extra = ledger.verify(conversion.source)
-    for path, (_, fingerprint) in conversion.catalog.objects.items():
-        if conversion.source.entry(path).fingerprint != fingerprint:
-            raise CorruptError(
-                f"{conversion.source.url}/{path}: changed while it was being read",
-                hint="wait until it is written, then convert with --restart",
-            )
+    hint = "wait until it is written, then convert with --restart"
+    check_unchanged(conversion.source, conversion.catalog, conversion.catalog.objects, hint=hint)
     return extra
 
 
