@@ -66,10 +66,19 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """``when flag`` or ``unless flag``."""
+    """``when flag`` or ``unless flag``. A mesh axis is a flag too: whether it has more than one rank."""
 
     flag: str
     wanted: bool
+    at: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class On:
+    """``on pp -1``: only the coordinate `index` of `axis` holds the tensor; negative counts from the last."""
+
+    axis: str
+    index: int
     at: Span | None = field(default=None, compare=False, repr=False)
 
 
@@ -129,6 +138,7 @@ class Rule:
     arrow: Arrow
     targets: tuple[Side, ...]
     reduces: tuple[Reduce, ...] = ()
+    on: tuple[On, ...] = ()
     conditions: tuple[Condition, ...] = ()
     optional: bool = False
     lossy: bool = False
@@ -143,6 +153,7 @@ class In:
     source: Pattern
     target: Pattern
     body: tuple[Statement, ...]
+    on: tuple[On, ...] = ()
     conditions: tuple[Condition, ...] = ()
     optional: bool = False
     at: Span | None = field(default=None, compare=False, repr=False)
