@@ -25,10 +25,14 @@ class Comments:
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """``{l/vpp/pp}`` in a name: a number, or one dotted component where nothing needs it to be a number."""
+    """``{l/vpp/pp}`` in a name: a number, or one dotted component where nothing needs it to be a number.
+
+    With `offset`, ``{l/pp+2}``, the text in the name is the (local) number plus it.
+    """
 
     name: str
     cuts: tuple[Cut, ...] = ()
+    offset: Arith | None = None
     at: Span | None = field(default=None, compare=False, repr=False)
 
 
@@ -40,10 +44,18 @@ class Wild:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """``{=l+3}`` in a name: a number that sizes decide, here the number of layers plus three."""
+
+    value: Arith
+    at: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Pattern:
     """A tensor name with captures: literal text and captures in order. ``()`` is the empty name."""
 
-    parts: tuple[str | Capture | Wild, ...]
+    parts: tuple[str | Capture | Computed | Wild, ...]
     at: Span | None = field(default=None, compare=False, repr=False)
 
 

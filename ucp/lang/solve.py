@@ -1,0 +1,318 @@
+"""Sizes from shapes: every dim of every tensor is an equation, solved wherever a single size in it is unknown.
+
+What neither shapes nor `let` decide comes from the source's configuration, then from defaults; what is left is asked for.
+A size that two places put differently is an error that names both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import prod
+
+from ucp.errors import FitError
+from ucp.lang.flat import Flat
+from ucp.layout import Mesh
+from ucp.layout.expr import Arith, Concat, Cut, Dim, Every, Expr, Name, Number, Operation, Pad, Product
+
+Cuts = Mapping[tuple[str, tuple[str, ...]], tuple[int, ...]]
+Coordinate = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """The tensor `name` has `length` along its dim `dim`, which the program says is `expr`, at `coordinate`."""
+
+    name: str
+    dim: int
+    expr: Expr
+    length: int
+    coordinate: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{axis} {index}" for axis, index in self.coordinate)
+        return f"dim {self.dim} of {self.name} is {self.length}" + (f" (at {where})" if where else "")
+
+
+@dataclass
+class Solver:
+    """Sizes known so far and why. `cuts` grows by the boundaries that uneven shards show."""
+
+    flat: Flat
+    mesh: dict[str, int]
+    sizes: dict[str, int]
+    cuts: dict[tuple[str, tuple[str, ...]], tuple[int, ...]]
+    why: dict[str, str] = field(default_factory=dict)
+
+    def learn(self, name: str, value: int | Fraction, why: str) -> bool:
+        """Note a size; whether it is news. FitError if it is no whole number or contradicts what is known."""
+        if value != int(value) or value < 0:
+            raise FitError(f"{why}: that makes {name} = {value}, which is no size")
+        known = self.sizes.get(name)
+        if known is None:
+            self.sizes[name], self.why[name] = int(value), why
+            return True
+        if known != value:
+            raise FitError(
+                f"{name} is {known} ({self.why.get(name, 'given')}), but {why}, which makes it {int(value)}",
+                hint="a shard is of another model, or the program says the layout wrongly",
+            )
+        return False
+
+    def value(self, name: str) -> int | None:
+        """A size, or the number of ranks of an axis."""
+        if name.isdecimal():
+            return int(name)
+        return self.sizes.get(name, self.mesh.get(name))
+
+
+def solve(
+    flat: Flat,
+    observations: Sequence[Observation],
+    *,
+    mesh: Mesh,
+    sizes: Mapping[str, int],
+    config: Mapping[str, int],
+    cuts: Cuts,
+) -> Solver:
+    """All sizes that can be known. Those still unknown are simply not in the result; see `require`."""
+    factored = {part for factor in flat.factors for part in factor.parts}
+    axes = {axis: mesh[axis] for axis in (*flat.axes, *dict(mesh.axes)) if axis not in factored}
+    solver = Solver(flat, axes, dict(sizes), dict(cuts), dict.fromkeys(sizes, "given"))
+    by_expr = _grouped(observations)
+    defaults = {name: decl.default for decl in flat.sizes if decl.default is not None for name in decl.names}
+    for more, why in ((None, ""), (config, "says the configuration"), (defaults, "is the program's default")):
+        for name, value in (more or {}).items():
+            if name in flat.all_sizes and name not in solver.sizes:
+                solver.learn(name, value, f"{name} = {value} {why}")
+        while _step(solver, by_expr):
+            pass
+    for name, value in config.items():
+        if name in flat.all_sizes and name not in sizes:
+            solver.learn(name, value, f"the configuration says {name} = {value}")
+    return solver
+
+
+def require(solver: Solver, names: Iterable[str], tensor: str) -> None:
+    """FitError that asks for those of `names` that are unknown; `tensor` needs them."""
+    missing = sorted({name for name in names if solver.value(name) is None})
+    if missing:
+        flags = " ".join(f"--size {name}=N" for name in missing)
+        raise FitError(f"{tensor}: {' and '.join(missing)} cannot be told from names and shapes", hint=f"give {flags}")
+
+
+def _grouped(observations: Iterable[Observation]) -> list[list[Observation]]:
+    """Observations of the same expression together; one for each coordinate and length."""
+    grouped: dict[tuple[Expr, int], dict[tuple[object, int], Observation]] = {}
+    for seen in observations:
+        grouped.setdefault((seen.expr, 0), {}).setdefault((seen.coordinate, seen.length), seen)
+    return [list(group.values()) for group in grouped.values()]
+
+
+def _step(solver: Solver, by_expr: Sequence[Sequence[Observation]]) -> bool:
+    """One round over all equations; whether anything was learnt."""
+    news = [_let(solver, let.name, let.value) for let in solver.flat.lets]
+    news += [_factor(solver, factor.axis, factor.parts) for factor in solver.flat.factors]
+    news += [_shape(solver, seen) for seen in by_expr]
+    return any(news)
+
+
+def _shape(solver: Solver, seen: Sequence[Observation]) -> bool:
+    expr = seen[0].expr
+    if len({one.length for one in seen}) > 1:
+        return _uneven(solver, seen)
+    unknown = names_in(expr) - solver.sizes.keys() - solver.mesh.keys()
+    unknown = {name for name in unknown if not name.isdecimal()}
+    if len(unknown) != 1 or has_pad(expr):
+        return False
+    (name,) = unknown
+    found = _linear(solver, expr, name, None)
+    if found is None or found[0] == 0:
+        return False
+    return solver.learn(name, (seen[0].length - found[1]) / found[0], str(seen[0]))
+
+
+def _uneven(solver: Solver, seen: Sequence[Observation]) -> bool:
+    """Shards of different lengths show where a dim was cut: lengths in rank order add up to boundaries."""
+    cut = [dim for dim in dims_in(seen[0].expr) if dim.cuts and not any(c.placed for c in dim.cuts)]
+    cut = [dim for dim in cut if (dim.name, axes_of(dim.cuts)) not in solver.cuts]
+    if len(set(cut)) != 1:
+        return False
+    dim, axes = cut[0], axes_of(cut[0].cuts)
+    lengths: dict[tuple[int, ...], int] = {}
+    for one in seen:
+        found = _linear(solver, one.expr, dim.name, dim)
+        if found is None or found[0] == 0:
+            return False
+        local = (one.length - found[1]) / found[0]
+        if local != int(local):
+            raise FitError(f"{one}: that leaves {local} of {dim.name}, which is no size")
+        at = tuple(dict(one.coordinate).get(axis, 0) for axis in axes)
+        if lengths.setdefault(at, int(local)) != local:
+            raise FitError(f"{one}, but {lengths[at]} of {dim.name} elsewhere at the same place on {' and '.join(axes)}")
+    return record(solver, dim.name, axes, lengths, f"the lengths of {seen[0].name} on each rank")
+
+
+def record(
+    solver: Solver, name: str, axes: tuple[str, ...], lengths: Mapping[tuple[int, ...], int], why: str
+) -> bool:
+    """Note that a dim is cut into pieces of `lengths` by coordinate; whether that is news.
+
+    Nothing is noted where a coordinate is missing: then shards are missing, and coverage tells.
+    """
+    if (name, axes) in solver.cuts or any(axis not in solver.mesh for axis in axes):
+        return False
+    if len(lengths) != prod(solver.mesh[axis] for axis in axes):
+        return False
+    bounds = [0]
+    for at in sorted(lengths):
+        bounds.append(bounds[-1] + lengths[at])
+    solver.learn(name, bounds[-1], why)
+    if len(set(lengths.values())) > 1:
+        solver.cuts[name, axes] = tuple(bounds)
+    return True
+
+
+def _linear(solver: Solver, expr: Expr, name: str, local: Dim | None) -> tuple[Fraction, Fraction] | None:
+    """`expr`'s local length as ``a * name + b``, or with `local` as ``a * (local length of that cut dim) + b``.
+
+    None where something else is unknown, or the length is not linear.
+    """
+    if isinstance(expr, Dim):
+        if expr == local:
+            return Fraction(1), Fraction(0)
+        ranks = _ranks(solver, expr.cuts)
+        value = solver.value(expr.name)
+        if ranks is None or (expr.name, axes_of(expr.cuts)) in solver.cuts:
+            return None
+        if expr.name == name and local is None:
+            return Fraction(1, ranks), Fraction(0)
+        return None if value is None else (Fraction(0), Fraction(value, ranks))
+    if isinstance(expr, Pad | Every):
+        return None
+    parts = [_linear(solver, part, name, local) for part in (expr.items if isinstance(expr, Product) else expr.parts)]
+    ranks = _ranks(solver, expr.cuts)
+    if ranks is None:
+        return None
+    a, b = (Fraction(0), Fraction(1)) if isinstance(expr, Product) else (Fraction(0), Fraction(0))
+    for part in parts:
+        if part is None:
+            return None
+        if isinstance(expr, Concat):
+            a, b = a + part[0], b + part[1]
+        elif a and part[0]:
+            return None
+        else:
+            a, b = a * part[1] + b * part[0], b * part[1]
+    return a / ranks, b / ranks
+
+
+def _ranks(solver: Solver, cuts: Sequence[Cut]) -> int | None:
+    """Number of pieces; None where it is unknown or a placement decides."""
+    if any(cut.placed or cut.axis not in solver.mesh for cut in cuts):
+        return None
+    return prod(solver.mesh[cut.axis] for cut in cuts)
+
+
+def axes_of(cuts: Sequence[Cut]) -> tuple[str, ...]:
+    """Axes of cuts, outermost first."""
+    return tuple(cut.axis for cut in cuts)
+
+
+def dims_in(expr: Expr) -> list[Dim]:
+    """The named dims and numbers in an expression, in order."""
+    if isinstance(expr, Dim):
+        return [expr]
+    if isinstance(expr, Pad):
+        return []
+    inner = (expr.item,) if isinstance(expr, Every) else expr.items if isinstance(expr, Product) else expr.parts
+    return [dim for part in inner for dim in dims_in(part)]
+
+
+def names_in(expr: Expr) -> set[str]:
+    """Names of the dims in an expression."""
+    return {dim.name for dim in dims_in(expr)}
+
+
+def has_pad(expr: Expr) -> bool:
+    """Whether there is padding in an expression."""
+    if isinstance(expr, Dim | Pad):
+        return isinstance(expr, Pad)
+    inner = (expr.item,) if isinstance(expr, Every) else expr.items if isinstance(expr, Product) else expr.parts
+    return any(has_pad(part) for part in inner)
+
+
+def _factor(solver: Solver, axis: str, parts: Sequence[str]) -> bool:
+    """``axis = product of parts``: parts may be sizes that a `let` decides; one may be left to solve."""
+    whole = solver.mesh[axis]
+    known = {part: solver.mesh.get(part, solver.sizes.get(part)) for part in parts}
+    held = prod(n for n in known.values() if n is not None)
+    unknown = [part for part, n in known.items() if n is None]
+    if whole % held or (not unknown and held != whole):
+        shown = " * ".join(f"{part} {n}" for part, n in known.items() if n is not None)
+        raise FitError(f"axis {axis} has {whole} ranks, which {shown} does not divide")
+    if len(unknown) > 1:
+        return False
+    found = {**known, **{part: whole // held for part in unknown}}
+    news = any(part not in solver.mesh for part in parts)
+    solver.mesh.update({part: int(n or 1) for part, n in found.items()})
+    return news
+
+
+def _let(solver: Solver, name: str, value: Arith) -> bool:
+    known = evaluate(value, solver)
+    why = f"let {name} = {spell(value)}"
+    if known is not None:
+        if known.denominator != 1:
+            raise FitError(f"{why}: that is {known}, which is no whole number")
+        return solver.learn(name, known, why)
+    target = solver.value(name)
+    return target is not None and _invert(solver, value, Fraction(target), why)
+
+
+def evaluate(value: Arith, solver: Solver) -> Fraction | None:
+    """The value of an arithmetic expression, None where a name is unknown."""
+    if isinstance(value, Number):
+        return Fraction(value.value)
+    if isinstance(value, Name):
+        found = solver.value(value.name)
+        return None if found is None else Fraction(found)
+    left, right = evaluate(value.left, solver), evaluate(value.right, solver)
+    return None if left is None or right is None else _operate(value.op, left, right)
+
+
+def _operate(op: str, left: Fraction, right: Fraction) -> Fraction:
+    if op == "/" and not right:
+        raise FitError("a program divides by zero")
+    results = {"+": left + right, "-": left - right, "*": left * right, "min": min(left, right), "max": max(left, right)}
+    return left / right if op == "/" else results[op]
+
+
+def _invert(solver: Solver, value: Arith, target: Fraction, why: str) -> bool:
+    """Solve ``value = target`` for the only unknown name in it, if there is exactly one."""
+    if isinstance(value, Number):
+        return False
+    if isinstance(value, Name):
+        return solver.learn(value.name, target, why)
+    left, right = evaluate(value.left, solver), evaluate(value.right, solver)
+    if (left is None) == (right is None) or value.op in ("min", "max"):
+        return False
+    if left is not None:
+        undone = {"+": target - left, "-": left - target, "*": target / (left or 1), "/": left / (target or 1)}
+        return _invert(solver, value.right, undone[value.op], why)
+    assert right is not None
+    undone = {"+": target - right, "-": target + right, "*": target / (right or 1), "/": target * right}
+    return _invert(solver, value.left, undone[value.op], why)
+
+
+def spell(value: Arith) -> str:
+    """Arithmetic as text, for messages."""
+    if isinstance(value, Number | Name):
+        return str(value.value if isinstance(value, Number) else value.name)
+    if value.op in ("min", "max"):
+        return f"{value.op}({spell(value.left)}, {spell(value.right)})"
+    left, right = spell(value.left), spell(value.right)
+    if value.op in "*/" and isinstance(value.left, Operation) and value.left.op in "+-":
+        left = f"({left})"
+    return f"{left} {value.op} {f'({right})' if isinstance(value.right, Operation) else right}"
