@@ -1,7 +1,7 @@
 """From fragments and wanted regions to block copies with known costs: pure data, no torch, no I/O."""
 
 from ucp.plan.fragment import Copy, Extent, Fragment, Key, TensorSpec, common
-from ucp.plan.match import Cover
+from ucp.plan.match import Cover, Reduction
 from ucp.plan.task import BLOCK_BYTES, HULL_BYTES, Cost, Digests, Frame, Plan, Section, Task, Witness
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Frame",
     "Key",
     "Plan",
+    "Reduction",
     "Section",
     "Task",
     "TensorSpec",

@@ -100,13 +100,15 @@ class Extent:
 class Fragment:
     """`region` of one logical tensor lies at `extent`.
 
-    For a Box the extent has the box's shape; for a FlatRange it has one dim, the range's length. `replica` numbers
-    equal copies of the same region, 0 for the one to read first.
+    A Box is in the coordinates of the view that the tensor's fragments are given in, mostly its own dims, and the
+    extent has the box's shape; for a FlatRange the extent has one dim, the range's length. `replica` numbers equal
+    copies of the same region, 0 for the one to read first; `term` the terms of a tensor that is a mean or a sum.
     """
 
     region: Region
     extent: Extent
     replica: int = 0
+    term: int = 0
 
     def __post_init__(self) -> None:
         shape = (self.region.length,) if isinstance(self.region, FlatRange) else self.region.shape
@@ -162,7 +164,8 @@ class Copy:
 def common(source: Fragment, target: Fragment, shape: Shape) -> list[Copy]:
     """The block copies that bring the common elements of two fragments of a tensor of `shape` across.
 
-    One copy where both are flat runs, else one per pair of boxes that meet.
+    For fragments in a view, `shape` is that of the view. One copy where both are flat runs, else one per pair of boxes
+    that meet.
     """
     a, b = source.as_flat(shape), target.as_flat(shape)
     if a is not None and b is not None:

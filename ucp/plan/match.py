@@ -2,84 +2,145 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from operator import lt
+from typing import Literal
 
 from ucp.errors import FitError
-from ucp.layout import FlatRange, as_flat, boxes
+from ucp.layout import FlatRange, Shape, boxes, ravel
+from ucp.layout.block import View
 from ucp.plan.fragment import Copy, Fragment, Key, TensorSpec, common
+from ucp.plan.views import plain, refined, refinement, spelled_out
+
+Reduction = Literal["mean", "sum"]
+"""What makes one tensor of several terms: copies that ranks hold and that are not equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cover:
     """The fragments of one tensor, checked: together they hold every element exactly once.
 
-    `fragments` are primary copies (replica 0) in row-major order of their first element; `replicas` are the further
-    copies, to be compared and not read. `flat` says that every fragment is one flat run, so that lookup is a bisection.
+    Boxes are in the coordinates of `view`. `fragments` are primary copies (replica 0) in row-major order of their first
+    element; `replicas` are the further copies, to be compared and not read. `ends[i]` is one past the last position
+    that fragments up to `i` reach.
+
+    With `reduce` the tensor is the mean or the sum of `terms`, each a cover of its own, in this order; then `fragments`
+    and `replicas` are those of all terms, and cannot be copied from.
     """
 
     key: Key
     spec: TensorSpec
+    view: View
     fragments: tuple[Fragment, ...]
     replicas: tuple[Fragment, ...]
-    flat: bool
+    ends: tuple[int, ...]
+    reduce: Reduction | None = None
+    terms: tuple[Cover, ...] = ()
 
     @classmethod
-    def of(cls, key: Key, spec: TensorSpec, fragments: Sequence[Fragment]) -> Cover:
-        """Check and sort `fragments`.
+    def of(
+        cls,
+        key: Key,
+        spec: TensorSpec,
+        fragments: Sequence[Fragment],
+        *,
+        view: View | None = None,
+        reduce: Reduction | None = None,
+    ) -> Cover:
+        """Check and sort `fragments`, whose boxes are in the coordinates of `view` (default: the tensor's dims).
 
         Raises FitError naming the tensor for a fragment outside the shape, a hole, or two primary copies that overlap.
-        Further replicas may overlap and need not be whole.
+        Further replicas may overlap and need not be whole. With `reduce` all this holds for each of the terms.
         """
+        view = view or plain(spec.shape)
+        if view.tensor != spec.shape:
+            raise FitError(f"{key}: view {view.factors} is not one of shape {list(spec.shape)}")
+        if reduce is not None:
+            return cls._of_terms(key, spec, fragments, view, reduce)
         for fragment in fragments:
-            if not fragment.region.within(spec.shape):
-                raise FitError(f"{key}: fragment {fragment.region} lies outside shape {list(spec.shape)}")
+            if not fragment.region.within(view.shape):
+                raise FitError(f"{key}: fragment {fragment.region} lies outside shape {list(view.shape)}")
         primary = tuple(f for f in fragments if f.replica == 0 and f.region.size)
-        flats = [f.as_flat(spec.shape) for f in primary]
-        if all(f is not None for f in flats):
-            ordered = tuple(sorted((f for f in flats if f is not None), key=_flat_start))
-            _check_flat(key, spec, ordered)
-            flat = True
-        else:
-            ordered = primary
-            _check_boxes(key, spec, ordered)
-            flat = False
-        return cls(key, spec, ordered, tuple(f for f in fragments if f.replica), flat)
+        flats = tuple(flat for f in primary if (flat := f.as_flat(view.shape)) is not None)
+        whole = len(flats) == len(primary)
+        ordered = tuple(sorted(flats if whole else primary, key=lambda f: _bounds(f, view.shape)[0]))
+        (_check_flat if whole else _check_boxes)(key, spec, view.shape, ordered)
+        ends = tuple(accumulate((_bounds(f, view.shape)[1] for f in ordered), max))
+        return cls(key, spec, view, ordered, tuple(f for f in fragments if f.replica), ends)
 
-    def copies_into(self, target: Fragment) -> list[Copy]:
-        """The copies that fill `target` wholly, in row-major order of their sources."""
+    @classmethod
+    def _of_terms(
+        cls, key: Key, spec: TensorSpec, fragments: Sequence[Fragment], view: View, reduce: Reduction
+    ) -> Cover:
+        by_term: dict[int, list[Fragment]] = {}
+        for fragment in fragments:
+            by_term.setdefault(fragment.term, []).append(fragment)
+        terms = []
+        for number in sorted(by_term):
+            dtypes = {fragment.extent.dtype for fragment in by_term[number]}
+            own = TensorSpec(spec.shape, dtypes.pop()) if len(dtypes) == 1 else spec
+            terms.append(cls.of(key, own, by_term[number], view=view))
+        held = tuple(f for term in terms for f in term.fragments)
+        return cls(key, spec, view, held, tuple(f for term in terms for f in term.replicas), (), reduce, tuple(terms))
+
+    def copies_into(self, target: Fragment, view: View | None = None) -> list[Copy]:
+        """The copies that fill `target` wholly, in row-major order of their sources.
+
+        A target that is a box is in the coordinates of `view` (default: the tensor's dims).
+        """
         copies: list[Copy] = []
-        for fragment in self._near(target):
-            copies.extend(common(fragment, target, self.spec.shape))
+        for part, fine in self._parts(target, view):
+            for fragment in self._near(part, fine.shape):
+                for held in refined(fragment, self.view, fine):
+                    copies.extend(common(held, part, fine.shape))
         return copies
 
-    def replica_copies_into(self, target: Fragment) -> list[list[Copy]]:
+    def replica_copies_into(self, target: Fragment, view: View | None = None) -> list[list[Copy]]:
         """For each further replica that meets `target`, the copies that bring it there."""
         copies: dict[int, list[Copy]] = {}
-        for fragment in self.replicas:
-            met = common(fragment, target, self.spec.shape)
-            if met:
-                copies.setdefault(fragment.replica, []).extend(met)
+        for part, fine in self._parts(target, view):
+            for fragment in self.replicas:
+                met = [copy for held in refined(fragment, self.view, fine) for copy in common(held, part, fine.shape)]
+                if met:
+                    copies.setdefault(fragment.replica, []).extend(met)
         return [copies[number] for number in sorted(copies)]
 
-    def _near(self, target: Fragment) -> Sequence[Fragment]:
-        wanted = as_flat(target.region, self.spec.shape)
-        if not self.flat or wanted is None:
-            return self.fragments
-        first = max(0, bisect_right(self.fragments, wanted.start, key=_flat_start) - 1)
-        last = bisect_right(self.fragments, wanted.stop - 1, key=_flat_start)
+    def _parts(self, target: Fragment, view: View | None) -> Iterator[tuple[Fragment, View]]:
+        """`target` as fragments in a view that refines ours, with that view."""
+        assert self.reduce is None, "the terms of a reduction are copied one by one"
+        view = view or plain(self.spec.shape)
+        target = target.as_flat(view.shape) or target
+        if isinstance(target.region, FlatRange):
+            yield target, self.view
+            return
+        fine = refinement(self.view, view)
+        parts = [target] if fine else spelled_out(target, view)
+        if fine is None:
+            fine, view = self.view, plain(self.spec.shape)
+        for part in parts:
+            yield from ((box, fine) for box in refined(part, view, fine))
+
+    def _near(self, target: Fragment, shape: Shape) -> Sequence[Fragment]:
+        """Fragments that may meet `target`, a region of a view of `shape`."""
+        start, stop = _bounds(target, shape)
+        first = bisect_right(self.ends, start)
+        last = bisect_left(self.fragments, stop, key=lambda f: _bounds(f, self.view.shape)[0])
         return self.fragments[first:last]
 
 
-def _flat_start(fragment: Fragment) -> int:
-    assert isinstance(fragment.region, FlatRange)
-    return fragment.region.start
+def _bounds(fragment: Fragment, shape: Shape) -> tuple[int, int]:
+    """Row-major position of the first element, and one past that of the last; equal for an empty region."""
+    region = fragment.region
+    if isinstance(region, FlatRange):
+        return region.start, region.stop
+    first = ravel(region.start, shape)
+    return first, ravel(tuple(a - 1 for a in region.stop), shape) + 1 if region.size else first
 
 
-def _check_flat(key: Key, spec: TensorSpec, ordered: Sequence[Fragment]) -> None:
+def _check_flat(key: Key, spec: TensorSpec, _: Shape, ordered: Sequence[Fragment]) -> None:
     end = 0
     for fragment in ordered:
         assert isinstance(fragment.region, FlatRange)
@@ -101,14 +162,14 @@ def _hole(key: Key, start: int, stop: int) -> FitError:
     )
 
 
-def _check_boxes(key: Key, spec: TensorSpec, fragments: Sequence[Fragment]) -> None:
+def _check_boxes(key: Key, spec: TensorSpec, shape: Shape, fragments: Sequence[Fragment]) -> None:
     """Disjoint boxes inside the shape whose sizes add up to it cover it: no grid needed."""
-    cut = [(box.start, box.stop, f) for f in fragments for box in boxes(f.region, spec.shape)]
-    dim = max(range(len(spec.shape)), key=lambda d: len({start[d] for start, _, _ in cut}), default=0)
+    cut = [(box.start, box.stop, f) for f in fragments for box in boxes(f.region, shape)]
+    dim = max(range(len(shape)), key=lambda d: len({start[d] for start, _, _ in cut}), default=0)
     cut.sort(key=lambda held: held[0][dim : dim + 1])
     for i, (start, stop, fragment) in enumerate(cut):
         for other_start, other_stop, holder in islice(cut, i + 1, None):
-            if spec.shape and other_start[dim] >= stop[dim]:
+            if shape and other_start[dim] >= stop[dim]:
                 break
             if all(map(lt, start, other_stop)) and all(map(lt, other_start, stop)):
                 names = f"{fragment.extent.object} and {holder.extent.object}"

@@ -7,6 +7,7 @@ from itertools import pairwise
 from hypothesis import strategies as st
 
 from ucp.layout import Box, FlatRange, Region, Shape, numel
+from ucp.layout.block import View
 from ucp.plan import Extent, Fragment
 
 
@@ -64,6 +65,22 @@ def _split(box: Box, dim: int, cut: int) -> list[Box]:
     head = Box(box.start, with_dim(box.shape, cut))
     tail_start = with_dim(box.start, box.start[dim] + cut)
     return [head, Box(tail_start, with_dim(box.shape, box.shape[dim] - cut))]
+
+
+@st.composite
+def views(draw: st.DrawFn, shape: Shape) -> View:
+    """A view of a tensor of `shape`, with a factor of size 1 here and there."""
+    return View(tuple(tuple(draw(factors(n))) for n in shape))
+
+
+@st.composite
+def factors(draw: st.DrawFn, size: int) -> Shape:
+    """Factors of `size`, outer to inner."""
+    found = []
+    for _ in range(draw(st.integers(0, 2))):
+        found.append(draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0])))
+        size //= found[-1]
+    return (*found, size)
 
 
 @st.composite
