@@ -1,19 +1,49 @@
 """Integer algebra of tensor dims and mesh axes: no torch, no I/O."""
 
+from ucp.layout.block import Block, View, clip, linear
+from ucp.layout.branches import Branch, branches, default_targets, without_dims
+from ucp.layout.compile import Compiled, Placed, compile_layout, globalize, local_shape
 from ucp.layout.dtypes import itemsize
+from ucp.layout.invalid import LayoutError
 from ucp.layout.mesh import Mesh
+from ucp.layout.pads import saved_pads
 from ucp.layout.region import Box, FlatRange, Region, Shape, as_flat, boxes, numel, ravel, row_major_strides
+from ucp.layout.setting import Setting
+from ucp.layout.spell import spell
+from ucp.layout.view import coarsen, in_view, refine, restate, spread
 
 __all__ = [
+    "Block",
     "Box",
+    "Branch",
+    "Compiled",
     "FlatRange",
+    "LayoutError",
     "Mesh",
+    "Placed",
     "Region",
+    "Setting",
     "Shape",
+    "View",
     "as_flat",
     "boxes",
+    "branches",
+    "clip",
+    "coarsen",
+    "compile_layout",
+    "default_targets",
+    "globalize",
+    "in_view",
     "itemsize",
+    "linear",
+    "local_shape",
     "numel",
     "ravel",
+    "refine",
+    "restate",
     "row_major_strides",
+    "saved_pads",
+    "spell",
+    "spread",
+    "without_dims",
 ]
