@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from ucp.errors import FitError, NotFoundError
 from ucp.layout import Mesh
-from ucp.plan import Cover, Fragment, Key, TensorSpec, Witness
+from ucp.layout.block import View
+from ucp.plan import Cover, Fragment, Key, Reduction, TensorSpec, Witness
 from ucp.tree import Tree
 
 Kind = Literal["parameter", "frozen", "buffer"]
@@ -96,11 +97,27 @@ class Source:
     detail: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class ProgramRecord:
+    """The conversion program that gave a checkpoint its logical names, and what it was used with.
+
+    `ast` is the program as canonical JSON (spec/conversion-language.md); `mesh`, `sizes` and `flags` are those of the
+    source that was consolidated.
+    """
+
+    ast: Mapping[str, Any]
+    mesh: Mesh
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    flags: Mapping[str, bool] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Catalog:
     """A readable checkpoint. Paths of objects are relative to `url`.
 
-    `tensors` by logical name; `fragments` by (name, state); `witnesses` are low-precision copies of ``value``;
+    `tensors` by logical name; `fragments` by (name, state), their boxes in the coordinates of `views` where that names
+    a view; `reductions` says which states are the mean or the sum of their terms; `witnesses` are low-precision copies
+    of ``value``, in the same view; `program` is what consolidated the checkpoint, if a program did;
     `ties` map an alias to the name that holds the data; `state` is the rest of the training state; `checksums` what
     the source lets us verify; `objects` the size and fingerprint of every object used; `notes` are remarks a user
     should see, such as an inference that was made.
@@ -113,6 +130,9 @@ class Catalog:
     step: int | None = None
     witnesses: Mapping[str, tuple[TensorSpec, tuple[Fragment, ...]]] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
+    views: Mapping[Key, View] = field(default_factory=dict)
+    reductions: Mapping[Key, Reduction] = field(default_factory=dict)
+    program: ProgramRecord | None = None
     param_groups: tuple[ParamGroup, ...] = ()
     state: Mapping[str, Tree] = field(default_factory=dict)
     checksums: Sequence[Checksum] = ()
@@ -146,7 +166,8 @@ class Catalog:
             states = self.tensors[key.name].states
             if state not in states:
                 raise self.tensors[key.name].lacks(state, self.url)
-            self._covers[key] = Cover.of(key, states[state], self.fragments[key])
+            view, reduce = self.views.get(key), self.reductions.get(key)
+            self._covers[key] = Cover.of(key, states[state], self.fragments[key], view=view, reduce=reduce)
         return self._covers[key]
 
     def witness(self, name: str) -> Witness | None:
@@ -154,7 +175,8 @@ class Catalog:
         name = self.resolve(name)
         if name in self.witnesses and name not in self._checked:
             spec, fragments = self.witnesses[name]
-            self._checked[name] = Witness(Cover.of(Key(name, "low-precision copy"), spec, fragments))
+            view = self.views.get(Key(name, "value"))
+            self._checked[name] = Witness(Cover.of(Key(name, "low-precision copy"), spec, fragments, view=view))
         return self._checked.get(name)
 
     def unchecked(self) -> Catalog:

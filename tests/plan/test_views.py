@@ -12,7 +12,7 @@ from ucp.errors import FitError
 from ucp.layout import Box, FlatRange, boxes, numel
 from ucp.layout.block import View
 from ucp.plan import Cover, Extent, Fragment, TensorSpec
-from ucp.plan.views import plain, refined, refinement, spelled_out
+from ucp.plan.views import refined, refinement, spelled_out
 from ucp.testing.strategies import extents, fragmentations, regions, regular_boxes, views
 
 SHAPES = st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 12]), max_size=3).map(tuple)
@@ -63,7 +63,7 @@ def test_replicas_in_a_view_are_offered_where_they_meet_the_target(data):
     whole = [Fragment(Box.whole(shape), Extent.contiguous("first", 0, shape, "int32"))]
     objects = scatter(tensor.reshape(held_in.shape), fragments)
     copies = [Fragment(f.region, f.extent, 1) for f in fragments]
-    first = [part for f in whole for part in refined(f, plain(shape), held_in)]
+    first = [part for f in whole for part in refined(f, View.plain(shape), held_in)]
     cover = Cover.of(KEY, TensorSpec(shape, "int32"), [*first, *copies], view=held_in)
     target = Fragment(FlatRange(0, tensor.size), Extent.contiguous("", 0, (tensor.size,), "int32"))
     assert {copy.source.object for copy in cover.copies_into(target)} <= {"first"}
@@ -92,7 +92,7 @@ def test_refining_and_spelling_out_keep_every_element_where_it_is(data):
 
 def test_a_refinement_is_the_coarsest_and_there_may_be_none():
     assert refinement(View(((4, 6),)), View(((2, 12),))) == View(((2, 2, 6),))
-    assert refinement(View(((4, 6), (5,))), plain((24, 5))) == View(((4, 6), (5,)))
+    assert refinement(View(((4, 6), (5,))), View.plain((24, 5))) == View(((4, 6), (5,)))
     assert refinement(View(((3, 8),)), View(((4, 6),))) is None
 
 

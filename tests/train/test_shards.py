@@ -9,8 +9,8 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from ucp.layout import Box
+from ucp.plan import split
 from ucp.train.shards import Runs, cut
-from ucp.train.transfer import split
 
 
 def expand(runs: Runs) -> list[int]:

@@ -1,6 +1,6 @@
 """From fragments and wanted regions to block copies with known costs: pure data, no torch, no I/O."""
 
-from ucp.plan.fragment import Copy, Extent, Fragment, Key, TensorSpec, common
+from ucp.plan.fragment import Copy, Extent, Fragment, Key, TensorSpec, common, split
 from ucp.plan.match import Cover, Reduction
 from ucp.plan.task import BLOCK_BYTES, HULL_BYTES, Cost, Digests, Frame, Plan, Section, Task, Witness
 
@@ -22,4 +22,5 @@ __all__ = [
     "TensorSpec",
     "Witness",
     "common",
+    "split",
 ]

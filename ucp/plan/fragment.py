@@ -5,6 +5,7 @@ A readable checkpoint is a list of fragments and so is a target; everything ucp 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -126,6 +127,17 @@ class Fragment:
         unit = self.extent.strides[0] if isinstance(self.region, FlatRange) else 1
         return _flat_sub(self.extent, region, shape, mine.start, unit)
 
+    def cut(self, most: int) -> Iterator[Fragment]:
+        """Cut the fragment into consecutive ones of at most `most` elements, in row-major order."""
+        if isinstance(self.region, Box):
+            for box in split(self.region, most):
+                yield replace(self, region=box, extent=self.extent.sub(box.relative_to(self.region.start)))
+            return
+        for start in range(0, self.region.length, most):
+            run = Box((start,), (min(most, self.region.length - start),))
+            region = FlatRange(self.region.start + start, run.size)
+            yield replace(self, region=region, extent=self.extent.sub(run))
+
     def as_flat(self, shape: Shape) -> Fragment | None:
         """The same fragment with a FlatRange region, or None where region or bytes are not one flat run."""
         if isinstance(self.region, FlatRange):
@@ -135,6 +147,20 @@ class Fragment:
             return None
         extent = Extent.contiguous(self.extent.object, self.extent.offset, (flat.length,), self.extent.dtype)
         return replace(self, region=flat, extent=extent)
+
+
+def split(box: Box, most: int) -> Iterator[Box]:
+    """Cut `box` along its outer dims into boxes of at most `most` elements, in row-major order."""
+    if box.size <= most:
+        yield box
+        return
+    dim = next(d for d, n in enumerate(box.shape) if n > 1)
+    step = max(1, most // (box.size // box.shape[dim]))
+    for start in range(0, box.shape[dim], step):
+        count = min(step, box.shape[dim] - start)
+        place = tuple(a + start if d == dim else a for d, a in enumerate(box.start))
+        shape = tuple(count if d == dim else n for d, n in enumerate(box.shape))
+        yield from split(Box(place, shape), most)
 
 
 def _flat_sub(extent: Extent, region: Region, shape: Shape, start: int, unit: int) -> Extent:

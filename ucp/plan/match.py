@@ -13,7 +13,7 @@ from ucp.errors import FitError
 from ucp.layout import FlatRange, Shape, boxes, ravel
 from ucp.layout.block import View
 from ucp.plan.fragment import Copy, Fragment, Key, TensorSpec, common
-from ucp.plan.views import plain, refined, refinement, spelled_out
+from ucp.plan.views import refined, refinement, spelled_out
 
 Reduction = Literal["mean", "sum"]
 """What makes one tensor of several terms: copies that ranks hold and that are not equal."""
@@ -55,7 +55,7 @@ class Cover:
         Raises FitError naming the tensor for a fragment outside the shape, a hole, or two primary copies that overlap.
         Further replicas may overlap and need not be whole. With `reduce` all this holds for each of the terms.
         """
-        view = view or plain(spec.shape)
+        view = view or View.plain(spec.shape)
         if view.tensor != spec.shape:
             raise FitError(f"{key}: view {view.factors} is not one of shape {list(spec.shape)}")
         if reduce is not None:
@@ -86,6 +86,11 @@ class Cover:
         held = tuple(f for term in terms for f in term.fragments)
         return cls(key, spec, view, held, tuple(f for term in terms for f in term.replicas), (), reduce, tuple(terms))
 
+    @property
+    def sources(self) -> tuple[Cover, ...]:
+        """What can be copied from: the terms of a reduction, else the cover itself."""
+        return self.terms or (self,)
+
     def copies_into(self, target: Fragment, view: View | None = None) -> list[Copy]:
         """The copies that fill `target` wholly, in row-major order of their sources.
 
@@ -111,7 +116,7 @@ class Cover:
     def _parts(self, target: Fragment, view: View | None) -> Iterator[tuple[Fragment, View]]:
         """`target` as fragments in a view that refines ours, with that view."""
         assert self.reduce is None, "the terms of a reduction are copied one by one"
-        view = view or plain(self.spec.shape)
+        view = view or View.plain(self.spec.shape)
         target = target.as_flat(view.shape) or target
         if isinstance(target.region, FlatRange):
             yield target, self.view
@@ -119,7 +124,7 @@ class Cover:
         fine = refinement(self.view, view)
         parts = [target] if fine else spelled_out(target, view)
         if fine is None:
-            fine, view = self.view, plain(self.spec.shape)
+            fine, view = self.view, View.plain(self.spec.shape)
         for part in parts:
             yield from ((box, fine) for box in refined(part, view, fine))
 

@@ -141,7 +141,7 @@ def _cost(tasks: tuple[Task, ...]) -> Cost:
         tensors=len(covers),
         objects_read=len({f.extent.object for cover in read for f in (*cover.fragments, *cover.replicas)}),
         objects_written=len(tasks),
-        bytes_read=sum(section.nbytes for section in sections),
+        bytes_read=sum(section.nbytes * len(section.cover.sources) for section in sections),
         bytes_checked=low + replicas,
         bytes_written=sum(task.size for task in tasks),
         peak_bytes_per_worker=max((_peak(task) for task in tasks), default=0),

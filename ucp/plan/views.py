@@ -19,11 +19,6 @@ _Run = tuple[Shape, Shape, int, tuple[int, ...]]
 """Start and shape of a box of some factors, how many elements of the extent it begins at, and strides there."""
 
 
-def plain(shape: Shape) -> View:
-    """The view of a tensor that splits no dim."""
-    return View(tuple((n,) for n in shape))
-
-
 def refinement(a: View, b: View) -> View | None:
     """The coarsest view whose factors make up those of both, or None where there is none (3·8 against 4·6)."""
     groups = []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from ucp.layout import Box, FlatRange, Region
+from ucp.layout import Box, FlatRange, Region, Shape
+from ucp.layout.block import View
 from ucp.plan import HULL_BYTES, Copy, Cover, Extent, Fragment
 from ucp.run.cast import Array, cast, storage_dtype
+from ucp.run.reduce import PIECE_ELEMENTS, reduced
 from ucp.store import Store
 
 Record = Callable[[str, int, memoryview], None]
@@ -29,12 +32,48 @@ def gather(store: Store, copies: Sequence[Copy], buffer: memoryview, record: Rec
         _copy(store, copy, buffer, record)
 
 
+def read_into(
+    store: Store,
+    cover: Cover,
+    target: Fragment,
+    buffer: memoryview,
+    record: Record | None = None,
+    *,
+    view: View | None = None,
+) -> None:
+    """Fill `target`, an extent of `buffer`, from `cover`; a box is in the coordinates of `view` (default: the dims).
+
+    A mean or a sum is made here, a few terms of a small piece at a time.
+    """
+    if cover.reduce is None:
+        gather(store, cover.copies_into(target, view), buffer, record)
+        return
+    for piece in target.cut(PIECE_ELEMENTS):
+        shape = piece.extent.shape
+        terms = (
+            (_read_term(store, term, replace(piece, extent=_scratch(shape, term)), record, view), term.spec.dtype)
+            for term in cover.terms
+        )
+        result = reduced(cover.reduce, terms, cover.spec.dtype)
+        _strided(buffer, piece.extent.offset, piece.extent)[...] = cast(result, cover.spec.dtype, piece.extent.dtype)
+
+
+def _scratch(shape: Shape, cover: Cover) -> Extent:
+    return Extent.contiguous("", 0, shape, cover.spec.dtype)
+
+
+def _read_term(store: Store, term: Cover, target: Fragment, record: Record | None, view: View | None) -> Array:
+    buffer = np.empty(target.extent.nbytes, np.uint8)
+    gather(store, term.copies_into(target, view), buffer.data, record)
+    return buffer.view(storage_dtype(term.spec.dtype)).reshape(target.extent.shape)
+
+
 def read_region(store: Store, cover: Cover, region: Region, record: Record | None = None) -> Array:
     """`region` of a tensor as contiguous C-order bytes (uint8, one dim) in the cover's dtype."""
     shape = (region.length,) if isinstance(region, FlatRange) else region.shape
-    target = Fragment(region, Extent.contiguous("", 0, shape, cover.spec.dtype))
+    target = Fragment(region, _scratch(shape, cover))
     buffer = np.empty(target.extent.nbytes, np.uint8)
-    gather(store, cover.copies_into(target), buffer.data, record)
+    read_into(store, cover, target, buffer.data, record)
     return buffer
 
 

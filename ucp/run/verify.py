@@ -230,8 +230,9 @@ def _check_witness(section: Section, witness: Witness, reading: _Reading, block:
 
 
 def _check_replicas(section: Section, reading: _Reading, block: FlatRange, data: memoryview) -> None:
-    copies = (copy for group in section.cover.replica_copies_into(section.target(block)) for copy in group)
-    reading.verdict.bytes_read += sum(copy.source.nbytes for copy in copies)
+    target = section.target(block)
+    groups = [group for cover in section.cover.sources for group in cover.replica_copies_into(target)]
+    reading.verdict.bytes_read += sum(copy.source.nbytes for group in groups for copy in group)
     check_replicas(reading.store, section, block, data, reading.ledger)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from ucp.errors import ConflictError, UcpError
 from ucp.layout import FlatRange
-from ucp.plan import Digests, Section, Task, Witness
+from ucp.plan import Cover, Digests, Extent, Fragment, Section, Task, Witness
 from ucp.run.cast import contradicts, storage_dtype
 from ucp.run.crc import crc
-from ucp.run.gather import gather, read_region
+from ucp.run.gather import gather, read_into, read_region
 from ucp.run.integrity import Ledger
 from ucp.run.journal import Moved
 from ucp.store import Buffer, Store, Writer
@@ -72,7 +72,7 @@ class _Writing:
         scratch = bytearray(min(section.nbytes, max(frame.block_bytes, width)))
         for region in section.blocks(frame.block_bytes):
             view = memoryview(scratch)[: region.length * width]
-            gather(self.source, section.cover.copies_into(section.target(region)), view, self.ledger.record)
+            read_into(self.source, section.cover, section.target(region), view, self.ledger.record)
             self.check(section, region, view)
             self.crc32c.append(crc("crc32c", view))
             if frame.needs_crc32:
@@ -92,17 +92,32 @@ class _Writing:
 
 
 def check_replicas(source: Store, section: Section, region: FlatRange, data: memoryview, ledger: Ledger) -> None:
-    """ConflictError naming the first byte where a further replica of `region` differs from `data`."""
-    target = section.target(region)
-    for copies in section.cover.replica_copies_into(target):
+    """ConflictError naming the first byte where a further replica of `region` differs from `data`.
+
+    The terms of a mean or a sum are read once more, each to be set against its own replicas.
+    """
+    cover = section.cover
+    if cover.reduce is None:
+        _check_copies(source, cover, region, data, ledger)
+    for term in cover.terms:
+        if term.replicas:
+            _check_copies(source, term, region, read_region(source, term, region, ledger.record).data, ledger)
+
+
+def _check_copies(source: Store, cover: Cover, region: FlatRange, data: memoryview, ledger: Ledger) -> None:
+    target = Fragment(region, Extent.contiguous("", 0, (region.length,), cover.spec.dtype))
+    for copies in cover.replica_copies_into(target):
         other = bytearray(data)
         gather(source, copies, memoryview(other), ledger.record)
         if other != data:
             first = int((np.frombuffer(other, np.uint8) != np.frombuffer(data, np.uint8)).argmax())
             element = region.start + first * region.length // len(data)
-            names = sorted({copy.source.object for copy in copies})
+            one = Fragment(FlatRange(element, 1), Extent.contiguous("", 0, (1,), cover.spec.dtype))
+            held = " ".join(sorted({copy.source.object for copy in cover.copies_into(one)}))
+            theirs = {copy.source.object for group in cover.replica_copies_into(one) for copy in group}
+            names = " ".join(sorted(theirs & {copy.source.object for copy in copies}))
             raise ConflictError(
-                f"{section.cover.key}: replica in {' '.join(names)} differs from element {element} on",
+                f"{cover.key}: the replica in {names} differs from {held} from element {element} on",
                 hint="one of the two is damaged, or the ranks diverged; --no-check takes the first replica as it is",
             )
 

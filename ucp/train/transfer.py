@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ucp.errors import ConflictError, FitError
-from ucp.layout import Box, FlatRange, itemsize
-from ucp.plan import Cover, Extent, Fragment
-from ucp.run.gather import Record, gather
+from ucp.layout import Box, itemsize
+from ucp.plan import Cover, Extent, Fragment, split
+from ucp.run.gather import Record, read_into
 from ucp.store import Store
 from ucp.train.shards import local_tensor, parts
 
@@ -79,20 +79,6 @@ def _blocks(fill: Fill) -> Iterator[Block]:
                 for at, start, a, n in zip(part.local.start, part.region.start, box.start, box.shape, strict=True)
             )
             yield Block(local[here], box, fill.cover, fill.twins)
-
-
-def split(box: Box, most: int) -> Iterator[Box]:
-    """Cut `box` along its outer dims into boxes of at most `most` elements, in row-major order."""
-    if box.size <= most:
-        yield box
-        return
-    dim = next(d for d, n in enumerate(box.shape) if n > 1)
-    step = max(1, most // (box.size // box.shape[dim]))
-    for start in range(0, box.shape[dim], step):
-        count = min(step, box.shape[dim] - start)
-        place = tuple(a + start if d == dim else a for d, a in enumerate(box.start))
-        shape = tuple(count if d == dim else n for d, n in enumerate(box.shape))
-        yield from split(Box(place, shape), most)
 
 
 @dataclass(slots=True)
@@ -210,14 +196,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def _read(store: Store, cover: Cover, region: Box, view: memoryview, record: Record) -> None:
     target = Fragment(region, Extent.contiguous("", 0, region.shape, cover.spec.dtype))
-    gather(store, cover.copies_into(_flat(target, cover)), view, record)
-
-
-def _flat(target: Fragment, cover: Cover) -> Fragment:
-    """As one flat run if it is one, which makes the fewest and largest reads."""
-    flat = target.as_flat(cover.spec.shape)
-    assert flat is None or isinstance(flat.region, FlatRange)
-    return target if flat is None else flat
+    read_into(store, cover, target, view, record)
 
 
 def _compare(store: Store, block: Block, view: memoryview, record: Record) -> None:
