@@ -1,1 +1,8 @@
-"""The conversion language: text and JSON to a syntax tree, checked, bound to real shards, and explained. No torch, no I/O."""
+"""The conversion language: text and JSON to a syntax tree, checked, bound to real shards, and explained. No torch."""
+
+from ucp.lang.ast import Program
+from ucp.lang.error import program_error
+from ucp.lang.load import load_program, shipped
+from ucp.lang.parser import parse
+
+__all__ = ["Program", "load_program", "parse", "program_error", "shipped"]
