@@ -9,6 +9,7 @@ from typing import TypeVar
 from ucp.lang.ast import (
     Arrow,
     Capture,
+    Computed,
     Condition,
     Drop,
     Factor,
@@ -112,7 +113,7 @@ def join(prefix: Pattern, name: Pattern) -> Pattern:
     """`prefix` and `name` with a dot between, either of which may be empty."""
     if not prefix.parts or not name.parts:
         return replace(prefix, at=name.at) if prefix.parts else name
-    merged: list[str | Capture | Wild] = []
+    merged: list[str | Capture | Computed | Wild] = []
     for part in (*prefix.parts, ".", *name.parts):
         if isinstance(part, str) and merged and isinstance(merged[-1], str):
             merged[-1] += part

@@ -10,38 +10,48 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ucp.lang.ast import Capture, Pattern, Wild
+from ucp.lang.ast import Capture, Computed, Pattern, Wild
 
 Values = Mapping[str, int | str]
 """Captured values by name: numbers where the capture is one, else a dotted component."""
 
 _NUMBER = "(?:0|[1-9][0-9]*)"
+_COMPUTED = "__computed_"
 _DIGITS = re.compile("[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Matcher:
-    """A compiled pattern. `numbers` are the captures that stand for numbers."""
+    """A compiled pattern. `numbers` are the captures that stand for numbers, `offsets` what is added to them in names."""
 
     pattern: Pattern
     numbers: frozenset[str]
+    offsets: Mapping[str, int]
     regex: re.Pattern[str]
     skeleton: re.Pattern[str]
 
     @classmethod
-    def of(cls, pattern: Pattern, numbers: Collection[str] = ()) -> Matcher:
+    def of(cls, pattern: Pattern, numbers: Collection[str] = (), offsets: Mapping[str, int] | None = None) -> Matcher:
         """Compile `pattern`. A capture beside other text in its component is a number even if it is not in `numbers`."""
         found = frozenset(numbers) | in_part_of_component(pattern)
-        return cls(
-            pattern, found, re.compile(_regex(pattern, found, _NUMBER)), re.compile(_regex(pattern, found, "#", bare=True))
-        )
+        whole, bare = _regex(pattern, found), _regex(pattern, found, bare=True)
+        return cls(pattern, found, offsets or {}, re.compile(whole, re.DOTALL), re.compile(bare, re.DOTALL))
 
     def match(self, name: str) -> dict[str, int | str] | None:
-        """The captured values if `name` matches whole, else None."""
+        """The captured values if `name` matches whole, else None. Offsets are taken off.
+
+        The number at the k-th computed place of the pattern is under ``"=k"``; it is for the caller to check.
+        """
         found = self.regex.fullmatch(name)
         if found is None:
             return None
-        return {key: int(text) if key in self.numbers else text for key, text in found.groupdict().items()}
+        values: dict[str, int | str] = {}
+        for key, text in found.groupdict().items():
+            if key.startswith(_COMPUTED):
+                values["=" + key.removeprefix(_COMPUTED)] = int(text)
+            else:
+                values[key] = int(text) - self.offsets.get(key, 0) if key in self.numbers else text
+        return None if any(isinstance(value, int) and value < 0 for value in values.values()) else values
 
 
 class Index:
@@ -80,49 +90,61 @@ def captures(pattern: Pattern) -> tuple[Capture, ...]:
     return tuple(part for part in pattern.parts if isinstance(part, Capture))
 
 
-def spell(pattern: Pattern, values: Values) -> str:
-    """The name that `pattern` makes with `values` for its captures."""
-    return "".join(part if isinstance(part, str) else str(values[_capture(part).name]) for part in pattern.parts)
+def computed(pattern: Pattern) -> tuple[Computed, ...]:
+    """The computed numbers of a pattern in order."""
+    return tuple(part for part in pattern.parts if isinstance(part, Computed))
+
+
+def spell(pattern: Pattern, values: Values, offsets: Mapping[str, int] | None = None) -> str:
+    """The name that `pattern` makes with `values`, keyed as `Matcher.match` gives them."""
+    text, places = "", 0
+    for part in pattern.parts:
+        if isinstance(part, str):
+            text += part
+        elif isinstance(part, Computed):
+            text += str(values[f"={places}"])
+            places += 1
+        else:
+            assert isinstance(part, Capture), "a name with ** cannot be spelled"
+            value = values[part.name]
+            text += str(value + (offsets or {}).get(part.name, 0) if isinstance(value, int) else value)
+    return text
 
 
 def describe(pattern: Pattern) -> str:
     """The pattern as text without cuts, for messages."""
-    shown = (part if isinstance(part, str) else "**" if isinstance(part, Wild) else f"{{{part.name}}}" for part in pattern.parts)
-    return "".join(shown)
+    shown = {Wild: "**", Computed: "{=}"}
+    return "".join(
+        part if isinstance(part, str) else f"{{{part.name}}}" if isinstance(part, Capture) else shown[type(part)]
+        for part in pattern.parts
+    )
 
 
 def nearest(name: str, patterns: Sequence[Pattern]) -> Pattern | None:
-    """The pattern whose text looks most like `name`, if any does."""
+    """The pattern that looks most like `name`, if any does."""
     from difflib import get_close_matches
 
-    shown = {_DIGITS.sub("#", describe_plain(pattern)): pattern for pattern in patterns}
+    shown = {"".join(part if isinstance(part, str) else "#" for part in pattern.parts): pattern for pattern in patterns}
     close = get_close_matches(_DIGITS.sub("#", name), shown, n=1, cutoff=0.5)
     return shown[close[0]] if close else None
 
 
-def describe_plain(pattern: Pattern) -> str:
-    """The pattern with 0 for every capture: what a name of it looks like."""
-    return "".join(part if isinstance(part, str) else "0" for part in pattern.parts)
-
-
-def _capture(part: Capture | Wild) -> Capture:
-    assert isinstance(part, Capture), "a name with ** cannot be spelled"
-    return part
-
-
-def _regex(pattern: Pattern, numbers: frozenset[str], number: str, *, bare: bool = False) -> str:
-    """A regular expression; with `bare`, one for names whose numbers are all ``#`` and which may be captured."""
-    text, seen = "", set()
+def _regex(pattern: Pattern, numbers: frozenset[str], *, bare: bool = False) -> str:
+    """A regular expression; with `bare`, one for names whose numbers are all ``#``."""
+    text, places = "", 0
+    seen: set[str] = set()
     for part in pattern.parts:
         if isinstance(part, str):
             text += re.escape(_DIGITS.sub("#", part) if bare else part)
         elif isinstance(part, Wild):
             text += ".*"
+        elif isinstance(part, Computed):
+            text += "#" if bare else f"(?P<{_COMPUTED}{places}>{_NUMBER})"
+            places += 1
         elif bare:
-            text += number if part.name in numbers else "[^.]+"
-        elif part.name in seen:
-            text += f"(?P={part.name})"
+            text += "#" if part.name in numbers else "[^.]+"
         else:
-            text += f"(?P<{part.name}>{number if part.name in numbers else '[^.]+'})"
-        seen.add(getattr(part, "name", ""))
+            inner = _NUMBER if part.name in numbers else "[^.]+"
+            text += f"(?P={part.name})" if part.name in seen else f"(?P<{part.name}>{inner})"
+            seen.add(part.name)
     return text

@@ -6,15 +6,18 @@ A size that two places put differently is an error that names both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
 
 from ucp.errors import FitError
 from ucp.lang.flat import Flat
+from ucp.lang.sums import evaluate, invert
 from ucp.layout import Mesh
-from ucp.layout.expr import Arith, Concat, Cut, Dim, Every, Expr, Name, Number, Operation, Pad, Product
+from ucp.layout.expr import Arith, Concat, Cut, Dim, Every, Expr, Pad, Product
+from ucp.layout.setting import Setting
+from ucp.layout.spell import spell_arith
 
 Cuts = Mapping[tuple[str, tuple[str, ...]], tuple[int, ...]]
 Coordinate = Mapping[str, int]
@@ -33,6 +36,15 @@ class Observation:
     def __str__(self) -> str:
         where = ", ".join(f"{axis} {index}" for axis, index in self.coordinate)
         return f"dim {self.dim} of {self.name} is {self.length}" + (f" (at {where})" if where else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """Local numbers that names show for a captured leaf, by coordinate on the axes that cut it (outermost first)."""
+
+    name: str
+    axes: tuple[str, ...]
+    seen: Mapping[tuple[int, ...], Set[int]]
 
 
 @dataclass
@@ -67,9 +79,25 @@ class Solver:
         return self.sizes.get(name, self.mesh.get(name))
 
 
+    def coordinate(self, given: Mapping[str, int]) -> dict[str, int]:
+        """A coordinate with the indices on the finer axes that axes are factored into."""
+        found = dict(given)
+        for factor in self.flat.factors:
+            index = found.get(factor.axis)
+            if index is not None:
+                for part in reversed(factor.parts):
+                    index, found[part] = divmod(index, self.mesh[part])
+        return found
+
+    def setting(self, placements: Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]]) -> Setting:
+        """What equations are compiled at."""
+        return Setting(Mesh(self.mesh), self.sizes, self.cuts, placements)
+
+
 def solve(
     flat: Flat,
     observations: Sequence[Observation],
+    numbered: Sequence[Numbered],
     *,
     mesh: Mesh,
     sizes: Mapping[str, int],
@@ -80,16 +108,19 @@ def solve(
     factored = {part for factor in flat.factors for part in factor.parts}
     axes = {axis: mesh[axis] for axis in (*flat.axes, *dict(mesh.axes)) if axis not in factored}
     solver = Solver(flat, axes, dict(sizes), dict(cuts), dict.fromkeys(sizes, "given"))
+    for numbers in numbered:
+        _count(solver, numbers)
     by_expr = _grouped(observations)
+    wanted = {*flat.all_sizes, *(numbers.name for numbers in numbered)}
     defaults = {name: decl.default for decl in flat.sizes if decl.default is not None for name in decl.names}
     for more, why in ((None, ""), (config, "says the configuration"), (defaults, "is the program's default")):
         for name, value in (more or {}).items():
-            if name in flat.all_sizes and name not in solver.sizes:
+            if name in wanted and name not in solver.sizes:
                 solver.learn(name, value, f"{name} = {value} {why}")
         while _step(solver, by_expr):
             pass
     for name, value in config.items():
-        if name in flat.all_sizes and name not in sizes:
+        if name in wanted and name not in sizes:
             solver.learn(name, value, f"the configuration says {name} = {value}")
     return solver
 
@@ -131,6 +162,21 @@ def _shape(solver: Solver, seen: Sequence[Observation]) -> bool:
     if found is None or found[0] == 0:
         return False
     return solver.learn(name, (seen[0].length - found[1]) / found[0], str(seen[0]))
+
+
+def _count(solver: Solver, numbers: Numbered) -> None:
+    """The size of a captured leaf from the numbers in names. FitError for a gap: a tensor is missing."""
+    if not numbers.axes:
+        largest = max(numbers.seen[()])
+        solver.learn(numbers.name, largest + 1, f"the largest {numbers.name} in names is {largest}")
+        return
+    for at, seen in numbers.seen.items():
+        gap = next((n for n in range(len(seen)) if n not in seen), None)
+        if gap is not None:
+            where = " ".join(f"{axis} {index}" for axis, index in zip(numbers.axes, at, strict=True))
+            raise FitError(f"no tensor has {numbers.name} {gap} at {where}, but some have {max(seen)}")
+    lengths = {at: len(seen) for at, seen in numbers.seen.items()}
+    record(solver, numbers.name, numbers.axes, lengths, f"names show {sorted(set(lengths.values()))} on each rank")
 
 
 def _uneven(solver: Solver, seen: Sequence[Observation]) -> bool:
@@ -261,58 +307,10 @@ def _factor(solver: Solver, axis: str, parts: Sequence[str]) -> bool:
 
 
 def _let(solver: Solver, name: str, value: Arith) -> bool:
-    known = evaluate(value, solver)
-    why = f"let {name} = {spell(value)}"
+    known = evaluate(value, solver.value)
+    why = f"let {name} = {spell_arith(value)}"
     if known is not None:
-        if known.denominator != 1:
-            raise FitError(f"{why}: that is {known}, which is no whole number")
         return solver.learn(name, known, why)
     target = solver.value(name)
-    return target is not None and _invert(solver, value, Fraction(target), why)
-
-
-def evaluate(value: Arith, solver: Solver) -> Fraction | None:
-    """The value of an arithmetic expression, None where a name is unknown."""
-    if isinstance(value, Number):
-        return Fraction(value.value)
-    if isinstance(value, Name):
-        found = solver.value(value.name)
-        return None if found is None else Fraction(found)
-    left, right = evaluate(value.left, solver), evaluate(value.right, solver)
-    return None if left is None or right is None else _operate(value.op, left, right)
-
-
-def _operate(op: str, left: Fraction, right: Fraction) -> Fraction:
-    if op == "/" and not right:
-        raise FitError("a program divides by zero")
-    results = {"+": left + right, "-": left - right, "*": left * right, "min": min(left, right), "max": max(left, right)}
-    return left / right if op == "/" else results[op]
-
-
-def _invert(solver: Solver, value: Arith, target: Fraction, why: str) -> bool:
-    """Solve ``value = target`` for the only unknown name in it, if there is exactly one."""
-    if isinstance(value, Number):
-        return False
-    if isinstance(value, Name):
-        return solver.learn(value.name, target, why)
-    left, right = evaluate(value.left, solver), evaluate(value.right, solver)
-    if (left is None) == (right is None) or value.op in ("min", "max"):
-        return False
-    if left is not None:
-        undone = {"+": target - left, "-": left - target, "*": target / (left or 1), "/": left / (target or 1)}
-        return _invert(solver, value.right, undone[value.op], why)
-    assert right is not None
-    undone = {"+": target - right, "-": target + right, "*": target / (right or 1), "/": target * right}
-    return _invert(solver, value.left, undone[value.op], why)
-
-
-def spell(value: Arith) -> str:
-    """Arithmetic as text, for messages."""
-    if isinstance(value, Number | Name):
-        return str(value.value if isinstance(value, Number) else value.name)
-    if value.op in ("min", "max"):
-        return f"{value.op}({spell(value.left)}, {spell(value.right)})"
-    left, right = spell(value.left), spell(value.right)
-    if value.op in "*/" and isinstance(value.left, Operation) and value.left.op in "+-":
-        left = f"({left})"
-    return f"{left} {value.op} {f'({right})' if isinstance(value.right, Operation) else right}"
+    found = None if target is None else invert(value, Fraction(target), solver.value)
+    return found is not None and solver.learn(*found, why)

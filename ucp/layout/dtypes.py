@@ -48,6 +48,48 @@ SAFETENSORS: dict[str, str] = {
 
 FROM_SAFETENSORS: dict[str, str] = {code: name for name, code in SAFETENSORS.items()}
 
+WORDS: dict[str, str] = {
+    "bool": "bool",
+    "u8": "uint8",
+    "i8": "int8",
+    "u16": "uint16",
+    "i16": "int16",
+    "u32": "uint32",
+    "i32": "int32",
+    "u64": "uint64",
+    "i64": "int64",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f32": "float32",
+    "f64": "float64",
+    "f8e4m3": "float8_e4m3fn",
+    "f8e5m2": "float8_e5m2",
+}
+"""Element types as conversion programs write them."""
+
+_DIGITS: dict[str, tuple[int, int]] = {
+    "f64": (53, 11),
+    "f32": (24, 8),
+    "bf16": (8, 8),
+    "f16": (11, 5),
+    "f8e4m3": (4, 4),
+    "f8e5m2": (3, 5),
+    **{f"{sign}{bits}": (bits - (sign == "i"), 0) for sign in "ui" for bits in (8, 16, 32, 64)},
+    "bool": (1, 0),
+}
+
+
+def narrows(source: str, target: str) -> bool:
+    """Whether a cast from `source` to `target`, both as programs write them, can change a value."""
+    if source == target:
+        return False
+    (digits, exponent), (kept, room) = _DIGITS[source], _DIGITS[target]
+    if exponent == 0 and room:
+        return digits > kept or (target == "f16" and digits > 15)
+    if exponent or room:
+        return kept < digits or room < exponent
+    return kept < digits or (source.startswith("i") and not target.startswith("i"))
+
 
 def itemsize(dtype: str) -> int:
     """Bytes per element of `dtype`; FitError for a dtype that ucp does not know."""

@@ -1,0 +1,249 @@
+"""Binding a program to real shards: every check that names and shapes allow, and the blocks that come of it.
+
+No tensor byte is needed. After `bind` each element of each logical tensor is known to lie in at least one shard, and
+where; elements that several shards hold are replicas, to be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ucp.errors import FitError
+from ucp.lang.ast import Program
+from ucp.lang.check import Checked, Ready, check
+from ucp.lang.choose import Match, choose, holds
+from ucp.lang.coverage import Piece, place
+from ucp.lang.held import Held
+from ucp.lang.observe import lengths, numbers
+from ucp.lang.shards import Compiler, Found
+from ucp.lang.solve import Cuts, Solver, solve
+from ucp.layout import Box, Mesh, Shape
+from ucp.layout.block import View
+from ucp.layout.setting import Setting
+
+Placements = Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]]
+Key = tuple[str, str]
+"""Logical name and state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """One state of one logical tensor: whole shape, dtype, the program's text for each dim, and its view."""
+
+    shape: Shape
+    dtype: str
+    dims: tuple[str, ...]
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A program bound to shards.
+
+    `tensors` and `pieces` are keyed by (logical name, state); `ties` map aliases to names; `dropped` are indices of
+    shards that the program drops; `reduces` says of which tensors the copies are averaged (``mean``) or added
+    (``sum``) and not compared. `uses` counts the shards that each rule took, by its number.
+    """
+
+    program: Program
+    checked: Checked
+    setting: Setting
+    flags: Mapping[str, bool]
+    tensors: Mapping[Key, Logical]
+    pieces: Mapping[Key, tuple[Piece, ...]]
+    ties: Mapping[str, str]
+    reduces: Mapping[Key, str]
+    dropped: tuple[int, ...]
+    uses: Mapping[int, int]
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Every size that is known."""
+        return self.setting.sizes
+
+
+def bind(
+    program: Program,
+    held: Sequence[Held],
+    *,
+    mesh: Mesh,
+    sizes: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
+    flags: Mapping[str, bool] | None = None,
+    cuts: Cuts | None = None,
+    placements: Placements | None = None,
+) -> Bound:
+    """Bind `program` to the shards `held`.
+
+    `sizes` are given and must agree with the shapes; `config` is asked where shapes do not tell. `flags` that are not
+    given are found where the names allow one choice only. `cuts` and `placements` are what the source records of uneven
+    cuts and of placements, as in `Setting`.
+
+    ProgramError for a program that is wrong by itself, FitError where it and the shards do not fit: a tensor that no
+    rule or that two match, a rule that matches nothing, sizes that contradict each other or cannot be told, a dim that
+    its axis does not divide, a part of a logical tensor that no shard holds.
+    """
+    checked = check(program)
+    known = {**checked.defaults, **(config or {}), **(sizes or {})}
+    matches, chosen = choose(checked, [shard.name for shard in held], flags or {}, mesh, known)
+    solver = solve(
+        checked.flat,
+        lengths(checked, matches, held),
+        numbers(checked, matches, held),
+        mesh=mesh,
+        sizes=sizes or {},
+        config=config or {},
+        cuts=cuts or {},
+    )
+    setting = solver.setting(placements or {})
+    compiler = Compiler(checked, solver, setting, {**chosen, **{axis: n > 1 for axis, n in solver.mesh.items()}})
+    found: dict[Key, list[Found]] = {}
+    dropped: list[int] = []
+    uses: dict[int, int] = {}
+    for number, shard in enumerate(held):
+        match = matches[shard.name]
+        if match.rule is None:
+            dropped.append(number)
+            continue
+        uses[match.rule] = uses.get(match.rule, 0) + 1
+        for name, part in compiler.compile(number, shard, match):
+            found.setdefault((name, shard.state), []).append(part)
+    return _assembled(_Parts(checked, held, solver, setting, chosen), found, tuple(dropped), uses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    checked: Checked
+    held: Sequence[Held]
+    solver: Solver
+    setting: Setting
+    flags: Mapping[str, bool]
+
+
+def _assembled(
+    parts: _Parts, found: dict[Key, list[Found]], dropped: tuple[int, ...], uses: Mapping[int, int]
+) -> Bound:
+    ties = _ties(parts, found)
+    tensors, pieces, reduces = {}, {}, {}
+    for key, blocks in found.items():
+        if key[0] in ties:
+            continue
+        aliases = [alias for alias, name in ties.items() if name == key[0]]
+        copies = [(alias, found.get((alias, key[1]), [])) for alias in aliases]
+        _one_rule(parts, key, blocks)
+        tensors[key] = _logical(parts, key, blocks)
+        for alias, others in copies:
+            _same_tensor(parts, key, alias, tensors[key], others)
+        merged = [*blocks, *(part for _, others in copies for part in others)]
+        pieces[key], kind = _placed(parts, key, tensors[key], merged)
+        if kind:
+            reduces[key] = kind
+    return Bound(
+        parts.checked.program, parts.checked, parts.setting, parts.flags, tensors, pieces, ties, reduces, dropped, uses
+    )
+
+
+def _ties(parts: _Parts, found: Mapping[Key, object]) -> dict[str, str]:
+    """Aliases that hold now, each with the tensor that holds the data."""
+    names = {name for name, _ in found}
+    flags = {**parts.flags, **{axis: n > 1 for axis, n in parts.solver.mesh.items()}}
+    ties = {}
+    for tie in parts.checked.flat.ties:
+        alias, name = ("".join(str(part) for part in pattern.parts) for pattern in (tie.alias, tie.name))
+        if not holds(tie.conditions, flags) or not {alias, name} & names:
+            continue
+        if name not in names:
+            raise FitError(f"{alias} is tied to {name}, which no shard holds")
+        ties[alias] = name
+    return ties
+
+
+def _one_rule(parts: _Parts, key: Key, blocks: Sequence[Found]) -> None:
+    """Two rules for one logical tensor would compare what the author may have meant to be two tensors."""
+    rules = sorted({part.rule for part in blocks})
+    if len(rules) > 1:
+        first, second = (parts.checked.where(parts.checked.rules[rule].equation) for rule in rules[:2])
+        raise FitError(
+            f"{key[0]} is produced by two rules, {first} and {second}", hint="name two tensors and `tie` them, or `drop` one"
+        )
+
+
+def _logical(parts: _Parts, key: Key, blocks: Sequence[Found]) -> Logical:
+    first = blocks[0]
+    for part in blocks:
+        if part.dtype != first.dtype:
+            one, other = parts.held[first.held], parts.held[part.held]
+            raise FitError(f"{key[0]}: {one} is {first.dtype}, but {other} is {part.dtype}")
+        if part.view != first.view:
+            one, other = parts.held[first.held], parts.held[part.held]
+            raise FitError(f"{key[0]}: {one} makes it {list(first.view.tensor)}, but {other} {list(part.view.tensor)}")
+    return Logical(first.view.tensor, first.dtype, first.dims, first.view)
+
+
+def _same_tensor(parts: _Parts, key: Key, alias: str, tensor: Logical, others: Sequence[Found]) -> None:
+    for part in others:
+        if part.view != tensor.view or part.dtype != tensor.dtype:
+            raise FitError(
+                f"{alias} is tied to {key[0]}, but {parts.held[part.held]} is {part.dtype} {list(part.view.tensor)}, "
+                f"not {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def _placed(
+    parts: _Parts, key: Key, tensor: Logical, blocks: Sequence[Found]
+) -> tuple[tuple[Piece, ...], str | None]:
+    kinds = {part.reduce.kind for part in blocks if part.reduce is not None}
+    if "any" in kinds:
+        blocks = _first_along(parts, blocks)
+    found, hole = place(((part.held, part.block) for part in blocks), tensor.view.shape)
+    if hole is not None:
+        raise _missing(parts, key, tensor, hole)
+    reducing = sorted(kinds - {"any"})
+    if not reducing:
+        return tuple(found), None
+    return tuple(_terms(parts, key, blocks, found)), reducing[0]
+
+
+def _first_along(parts: _Parts, blocks: Sequence[Found]) -> list[Found]:
+    """Copies along the axes of ``any`` are not looked at: only the first of each region is kept along them."""
+    kept: dict[tuple[Box, tuple[tuple[str, int], ...]], Found] = {}
+    for part in blocks:
+        any_axes = part.reduce.axes if part.reduce is not None and part.reduce.kind == "any" else ()
+        rest = tuple(sorted((a, i) for a, i in parts.held[part.held].coordinate.items() if a not in any_axes))
+        kept.setdefault((part.block.box, rest), part)
+    return list(kept.values())
+
+
+def _terms(parts: _Parts, key: Key, blocks: Sequence[Found], found: Sequence[Piece]) -> list[Piece]:
+    """The copies that are averaged or added: one for each coordinate of the reduced axes, each exactly once.
+
+    FitError where a coordinate is missing: a mean over fewer would be wrong, silently.
+    """
+    reduce = next(part.reduce for part in blocks if part.reduce is not None)
+    wanted = 1
+    for axis in reduce.axes:
+        wanted *= parts.solver.mesh[axis]
+    by_region: dict[Box, dict[tuple[int, ...], Piece]] = {}
+    for piece in found:
+        at = tuple(parts.held[piece.held].coordinate.get(axis, 0) for axis in reduce.axes)
+        by_region.setdefault(piece.block.box, {}).setdefault(at, piece)
+    terms = []
+    for held in by_region.values():
+        if len(held) != wanted:
+            raise FitError(f"{key[0]}: a {reduce.kind} over {' '.join(reduce.axes)} needs {wanted} copies, {len(held)} are there")
+        terms.extend(replace(piece, replica=n) for n, piece in enumerate(held.values()))
+    return terms
+
+
+def _missing(parts: _Parts, key: Key, tensor: Logical, hole: Box) -> FitError:
+    state = "" if key[1] == "value" else f"[{key[1]}]"
+    factors = [n for group in tensor.view.factors for n in group]
+    where = ", ".join(f"{a}..{b} of {n}" for a, b, n in zip(hole.start, hole.stop, factors, strict=True))
+    return FitError(
+        f"{key[0]}{state} {list(tensor.shape)} ({', '.join(tensor.dims)}): no shard holds {where}",
+        hint="a rank's tensors are missing, or the program cuts the tensor otherwise than the framework",
+    )
+
+
+__all__ = ["Bound", "Held", "Logical", "Match", "Piece", "Placements", "Ready", "bind"]

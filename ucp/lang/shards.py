@@ -1,0 +1,232 @@
+"""The blocks of one shard under its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ucp.errors import FitError
+from ucp.lang.ast import Reduce, State
+from ucp.lang.check import Checked, Ready
+from ucp.lang.choose import Match
+from ucp.lang.held import Held
+from ucp.lang.match import captures, computed, describe, spell
+from ucp.lang.solve import Solver, names_in, require
+from ucp.lang.sums import evaluate
+from ucp.layout import Box, Shape
+from ucp.layout.block import NO_STEP, Block, View
+from ucp.layout.branches import axes, without_dims
+from ucp.layout.compile import Compiled, Placed, compile_layout, globalize
+from ucp.layout.dtypes import WORDS
+from ucp.layout.expr import Dim, Layout
+from ucp.layout.pads import saved_pads
+from ucp.layout.setting import Setting
+from ucp.layout.spell import spell as spell_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A block of one logical tensor in the `held`-th shard, and what the rule says of the tensor."""
+
+    held: int
+    rule: int
+    block: Block
+    view: View
+    dims: tuple[str, ...]
+    dtype: str
+    reduce: Reduce | None
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A rule as it applies to one state: without the dims that the state lacks, or with a layout of its own."""
+
+    layout: Layout | None
+    targets: tuple[Layout, ...] | None
+    parts: tuple[int, ...] | None
+    each: tuple[str, ...]
+    reduce: Reduce | None
+    axes: tuple[str, ...]
+    texts: tuple[tuple[str, ...], ...]
+
+
+@dataclass
+class Compiler:
+    """Compiles shards, and keeps what equal shards share."""
+
+    checked: Checked
+    solver: Solver
+    setting: Setting
+    flags: Mapping[str, bool]
+    _forms: dict[tuple[int, str], Form] = field(default_factory=dict)
+    _kept: dict[tuple[object, ...], Compiled] = field(default_factory=dict)
+    _states: dict[str, State | None] = field(default_factory=dict)
+
+    def compile(self, number: int, shard: Held, match: Match) -> Iterator[tuple[str, Found]]:
+        """Logical name and block of every region that the shard holds.
+
+        FitError for a state that the program does not know, a tensor in a wrong place, a shape that the sizes do not
+        give, or a size that is not known.
+        """
+        assert match.rule is not None
+        ready = self.checked.rules[match.rule]
+        form = self.form(ready, shard)
+        coordinate = self.solver.coordinate(shard.coordinate)
+        self._in_place(ready, shard, coordinate)
+        values = self._values(ready, match, coordinate, shard)
+        fixed = {name: value for name, value in values.items() if name in ready.leaves and isinstance(value, int)}
+        for axis in {*ready.axis_leaves, *form.each}:
+            fixed[axis] = self.setting.index(axis, coordinate)
+            values[axis] = fixed[axis]
+        compiled = self._compiled(ready, form, shard, coordinate, fixed)
+        dtypes = self._dtypes(ready, form, shard)
+        for k, (side, placed_blocks) in enumerate(zip(ready.equation.targets, compiled.blocks, strict=True)):
+            self._compute(side.name, values)
+            name = "" if any(placed.names for placed in placed_blocks) else spell(side.name, values)
+            for placed in placed_blocks:
+                own = name or spell(side.name, {**values, **dict(placed.names)})
+                yield own, Found(
+                    number, ready.equation.number, placed.block, compiled.views[k], form.texts[k] or _plain_texts(shard),
+                    dtypes[k], form.reduce,
+                )
+
+    def form(self, ready: Ready, shard: Held) -> Form:
+        """The rule as it applies to the shard's state."""
+        key = (ready.equation.number, shard.state)
+        if key not in self._forms:
+            self._forms[key] = self._form(ready, self._state(shard))
+        return self._forms[key]
+
+    def _state(self, shard: Held) -> State | None:
+        """What the program says of the state; None for ``value``, or for a state that lies like it by default."""
+        if shard.state in self._states:
+            return self._states[shard.state]
+        states = self.checked.flat.states
+        found = next((state for state in states if shard.state in state.names), None)
+        found = found or next((state for state in states if "*" in state.names), None)
+        if shard.state != "value" and found is None:
+            known = " ".join(name for state in states for name in state.names)
+            raise FitError(
+                f"{shard}: {self.checked.program.file} does not say how the state {shard.state!r} lies",
+                hint=f"add `state {shard.state} : like param`" + (f"; it knows {known}" if known else ""),
+            )
+        self._states[shard.state] = None if shard.state == "value" else found
+        return self._states[shard.state]
+
+    def _form(self, ready: Ready, state: State | None) -> Form:
+        layout, targets = ready.layout, ready.targets
+        parts: tuple[int, ...] | None = None
+        count = len(ready.equation.targets)
+        reduces = state.reduces if state and state.reduces else ready.equation.reduces
+        each = state.each if state else ()
+        if state and state.layout is not None:
+            layout = state.layout
+            plain = Layout(tuple(Dim(name) for dim in layout.dims for name in sorted(names_in(dim))))
+            targets, parts = (plain,) * count, (0,) * count
+        elif state and state.lacking and layout is not None and targets is not None:
+            layout, targets, parts = without_dims(layout, targets, state.lacking)
+        if each and targets is not None:
+            targets = tuple(Layout((*(Dim(axis) for axis in each), *t.dims), t.dtype) for t in targets)
+        texts = tuple(tuple(spell_dim(dim) for dim in t.dims) for t in targets) if targets is not None else ((),) * count
+        return Form(layout, targets, parts, each, reduces[0] if reduces else None, axes(layout) if layout else (), texts)
+
+    def _in_place(self, ready: Ready, shard: Held, coordinate: Mapping[str, int]) -> None:
+        for place in ready.equation.on:
+            here, wanted = coordinate.get(place.axis), place.index % self.setting.degree(place.axis)
+            if here is not None and here != wanted:
+                raise FitError(
+                    f"{shard}: {self.checked.where(ready.equation)} puts it on {place.axis} {wanted} alone",
+                    hint="remove the `on` if other ranks may hold it too",
+                )
+
+    def _values(
+        self, ready: Ready, match: Match, coordinate: Mapping[str, int], shard: Held
+    ) -> dict[str, int | str]:
+        """Captured values over the whole model: local numbers become global."""
+        values = dict(match.values)
+        for capture in captures(ready.equation.source):
+            local = values[capture.name]
+            if capture.cuts and isinstance(local, int):
+                require(self.solver, [capture.name], str(shard))
+                values[capture.name] = globalize(capture.name, capture.cuts, local, self.setting, coordinate)
+            elif capture.name in self.solver.mesh and coordinate.get(capture.name, local) != local:
+                raise FitError(f"{shard}: its name says {capture.name} {local}")
+        for k, place in enumerate(computed(ready.equation.source)):
+            wanted = evaluate(place.value, self.solver.value)
+            if wanted is None:
+                raise FitError(f"{shard}: the number in its name needs a size that is not known")
+            if values.pop(f"={k}") != wanted:
+                raise FitError(f"{shard}: {describe(ready.equation.source)} is {wanted} here; no other rule matches it")
+        return values
+
+    def _compute(self, pattern: object, values: dict[str, int | str]) -> None:
+        from ucp.lang.ast import Pattern
+
+        assert isinstance(pattern, Pattern)
+        for k, place in enumerate(computed(pattern)):
+            value = evaluate(place.value, self.solver.value)
+            if value is None or value.denominator != 1:
+                raise FitError(f"{describe(pattern)}: its number is not known")
+            values[f"={k}"] = int(value)
+
+    def _compiled(
+        self, ready: Ready, form: Form, shard: Held, coordinate: Mapping[str, int], fixed: Mapping[str, int]
+    ) -> Compiled:
+        if form.layout is None or form.targets is None:
+            return _identity(shard.shape, len(ready.equation.targets))
+        at = tuple((axis, coordinate.get(axis)) for axis in form.axes)
+        key = (ready.equation.number, shard.state, shard.shape, at, tuple(fixed.items()))
+        if key not in self._kept:
+            names = {name for layout in (form.layout, *form.targets) for dim in layout.dims for name in names_in(dim)}
+            require(self.solver, names, str(shard))
+            self._kept[key] = self._compile(ready, form, shard, coordinate, fixed)
+        return self._kept[key]
+
+    def _compile(
+        self, ready: Ready, form: Form, shard: Held, coordinate: Mapping[str, int], fixed: Mapping[str, int]
+    ) -> Compiled:
+        assert form.layout is not None and form.targets is not None
+        if len(form.layout.dims) != len(shard.shape):
+            raise FitError(f"{shard} has shape {list(shard.shape)}, but its layout has {len(form.layout.dims)} dims")
+        try:
+            pad = saved_pads(form.layout, shard.shape, setting=self.setting, coordinate=coordinate)
+            compiled = compile_layout(
+                form.layout, form.targets, setting=self.setting, coordinate=coordinate, fixed=fixed,
+                captured=ready.named, pad=pad, parts=form.parts,
+            )
+        except FitError as error:
+            raise FitError(f"{shard} {list(shard.shape)}: {error.message}", hint=error.hint) from None
+        if compiled.shape != shard.shape:
+            raise FitError(
+                f"{shard} has shape {list(shard.shape)}, but {self.checked.where(ready.equation)} gives it "
+                f"{list(compiled.shape)}",
+                hint="with " + " ".join(f"{name}={n}" for name, n in sorted(self._sizes_of(form).items())),
+            )
+        return compiled
+
+    def _sizes_of(self, form: Form) -> dict[str, int]:
+        assert form.layout is not None
+        names = {name for dim in form.layout.dims for name in names_in(dim) if not name.isdecimal()}
+        return {name: self.setting.number(name) for name in names}
+
+    def _dtypes(self, ready: Ready, form: Form, shard: Held) -> tuple[str, ...]:
+        """Dtype of each logical tensor. A cast is of the value alone; states keep theirs."""
+        count = len(ready.equation.targets)
+        if shard.state != "value":
+            return (shard.dtype,) * count
+        written = ready.equation.layout.dtype if ready.equation.layout else None
+        if written is not None and WORDS[written] != shard.dtype:
+            raise FitError(f"{shard} is {shard.dtype}, but {self.checked.where(ready.equation)} says {written}")
+        targets = [side.layout.dtype if side.layout else None for side in ready.equation.targets]
+        return tuple(shard.dtype if word is None else WORDS[word] for word in targets)
+
+
+def _identity(shape: Shape, count: int) -> Compiled:
+    """A tensor that is mapped one to one, whatever its shape."""
+    steps = tuple((dim, 1) if n > 1 else NO_STEP for dim, n in enumerate(shape))
+    placed = Placed(Block(Box.whole(shape), (0,) * len(shape), steps))
+    return Compiled(shape, (View.plain(shape),) * count, ((placed,),) * count)
+
+
+def _plain_texts(shard: Held) -> tuple[str, ...]:
+    return tuple(str(n) for n in shard.shape)
