@@ -90,6 +90,40 @@ class Compiler:
                     dtypes[k], form.reduce,
                 )
 
+    def wanted(
+        self, ready: Ready, values: Mapping[str, int | str], coordinate: Mapping[str, int], state: str, name: str
+    ) -> tuple[Shape, list[tuple[str, View, Block]]]:
+        """Local shape of the tensor `name` that a rule makes, and the logical name, view and block of each part of it.
+
+        `values` are the captured ones over the whole model. The padding is the smallest that fits.
+        """
+        shard = Held(name, (), "", coordinate, state)
+        form = self.form(ready, shard)
+        if form.layout is None or form.targets is None:
+            raise FitError(f"{name}: a rule without a layout has no shape of its own", hint="write its layout")
+        fixed = {leaf: value for leaf, value in values.items() if leaf in ready.leaves and isinstance(value, int)}
+        for axis in {*ready.axis_leaves, *form.each}:
+            fixed[axis] = self.setting.index(axis, coordinate)
+        at = tuple((axis, coordinate.get(axis)) for axis in form.axes)
+        key = ("wanted", ready.equation.number, state, at, tuple(fixed.items()))
+        if key not in self._kept:
+            names = {n for layout in (form.layout, *form.targets) for dim in layout.dims for n in names_in(dim)}
+            require(self.solver, names, name)
+            try:
+                self._kept[key] = compile_layout(
+                    form.layout, form.targets, setting=self.setting, coordinate=coordinate, fixed=fixed,
+                    captured=ready.named, parts=form.parts,
+                )
+            except FitError as error:
+                raise FitError(f"{shard}: {error.message}", hint=error.hint) from None
+        compiled = self._kept[key]
+        found = []
+        for side, view, blocks in zip(ready.equation.targets, compiled.views, compiled.blocks, strict=True):
+            known = {**values, **{axis: fixed[axis] for axis in ready.axis_leaves}}
+            self._compute(side.name, known)
+            found += [(spell(side.name, {**known, **dict(p.names)}), view, p.block) for p in blocks]
+        return compiled.shape, found
+
     def form(self, ready: Ready, shard: Held) -> Form:
         """The rule as it applies to the shard's state."""
         key = (ready.equation.number, shard.state)

@@ -1,0 +1,150 @@
+"""Programs on arrays in memory: shards to logical tensors and back, with NumPy.
+
+For tests, for moving small models between frameworks, and as the plainest statement of what blocks mean. Checkpoints
+take the same blocks through the engine, which never holds a whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ucp.errors import ConflictError
+from ucp.lang.ast import Program
+from ucp.lang.bind import Bound, Placements, bind
+from ucp.lang.export import Shard, export
+from ucp.lang.flat import flatten
+from ucp.lang.held import Held
+from ucp.lang.match import describe
+from ucp.lang.solve import Cuts
+from ucp.layout import Mesh
+from ucp.layout.block import Block, View, linear
+from ucp.layout.region import row_major_strides
+
+Array = npt.NDArray[Any]
+At = tuple[tuple[str, int], ...]
+"""A coordinate as pairs of axis and index, sorted by axis: what `at` makes of a mapping."""
+
+
+def at(**coordinate: int) -> At:
+    """A coordinate as a key: ``at(pp=0, tp=1)``."""
+    return tuple(sorted(coordinate.items()))
+
+
+def gather(
+    program: Program,
+    shards: Mapping[At, Mapping[str, Array]],
+    *,
+    mesh: Mesh,
+    sizes: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
+    flags: Mapping[str, bool] | None = None,
+    cuts: Cuts | None = None,
+    placements: Placements | None = None,
+    state: str = "value",
+) -> dict[str, Array]:
+    """The logical tensors that the `shards` of each coordinate make up. Ties give every alias too.
+
+    ConflictError where replicas differ in a bit; otherwise the errors of `bind`. Casts are left to the caller.
+    """
+    held, arrays = [], []
+    for coordinate, tensors in shards.items():
+        for name, array in tensors.items():
+            held.append(Held(name, array.shape, array.dtype.name, dict(coordinate), state))
+            arrays.append(np.ascontiguousarray(array).reshape(array.shape))
+    bound = bind(
+        program, held, mesh=mesh, sizes=sizes, config=config, flags=flags, cuts=cuts, placements=placements
+    )
+    found = {name: _gathered(bound, (name, kind), arrays, held) for name, kind in bound.tensors}
+    return {**found, **{alias: found[name] for alias, name in bound.ties.items()}}
+
+
+def _gathered(bound: Bound, key: tuple[str, str], arrays: Sequence[Array], held: Sequence[Held]) -> Array:
+    tensor = bound.tensors[key]
+    pieces = bound.pieces[key]
+    dtype = arrays[pieces[0].held].dtype if pieces else np.dtype(np.float32)
+    if key in bound.reduces:
+        copies = 1 + max(piece.replica for piece in pieces)
+        total = np.zeros(tensor.shape, np.float64)
+        for piece in pieces:
+            inside(total, tensor.view, piece.block)[...] += shard_part(arrays[piece.held], piece.block)
+        return (total / copies if bound.reduces[key] == "mean" else total).astype(dtype)
+    whole = np.empty(tensor.shape, dtype)
+    for piece in sorted(pieces, key=lambda piece: piece.replica):
+        part = shard_part(arrays[piece.held], piece.block)
+        target = inside(whole, tensor.view, piece.block)
+        if piece.replica == 0:
+            target[...] = part
+        elif not _same_bits(target, part):
+            raise ConflictError(f"{key[0]}: {held[piece.held]} differs from its other copies")
+    return whole
+
+
+def scatter(
+    program: Program,
+    logical: Mapping[str, Array],
+    *,
+    mesh: Mesh,
+    coordinates: Iterable[At] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
+    flags: Mapping[str, bool] | None = None,
+    cuts: Cuts | None = None,
+    placements: Placements | None = None,
+    state: str = "value",
+) -> dict[At, dict[str, Array]]:
+    """The shards of the `logical` tensors at each of `coordinates`; without them, at every one of the whole mesh.
+
+    A tensor that stands under two names is taken for tied. Padding is zero. The errors of `export`.
+    """
+    second = {describe(tie.alias) for tie in flatten(program).ties}
+    first = {id(logical[name]): name for name in sorted(logical, key=lambda name: name not in second)}
+    ties = {name: first[id(array)] for name, array in logical.items() if first[id(array)] != name}
+    shapes = {name: array.shape for name, array in logical.items() if name not in ties}
+    exporter = export(
+        program, shapes, mesh=mesh, sizes=sizes, config=config, flags=flags, cuts=cuts, placements=placements, ties=ties
+    )
+    chosen = [at(**c) for c in mesh.coordinates()] if coordinates is None else list(coordinates)
+    return {
+        place: {shard.name: make(shard, logical, exporter.aliases) for shard in exporter.shards([dict(place)], state=state)}
+        for place in chosen
+    }
+
+
+def make(shard: Shard, logical: Mapping[str, Array], aliases: Mapping[str, str]) -> Array:
+    """One shard, filled from the logical tensors."""
+    first = logical[_holder(shard.blocks[0].name, logical, aliases)] if shard.blocks else np.zeros((), np.float32)
+    made = np.zeros(shard.shape, first.dtype)
+    for wanted in shard.blocks:
+        source = logical[_holder(wanted.name, logical, aliases)]
+        shard_part(made, wanted.block)[...] = inside(source, wanted.view, wanted.block)
+    return made
+
+
+def _holder(name: str, logical: Mapping[str, Array], aliases: Mapping[str, str]) -> str:
+    return name if name in logical else aliases[name]
+
+
+def inside(tensor: Array, view: View, block: Block) -> Array:
+    """The elements of the block in the logical tensor, which must be contiguous; a view of it."""
+    index = tuple(slice(a, b) for a, b in zip(block.box.start, block.box.stop, strict=True))
+    return tensor.reshape(view.shape)[index]
+
+
+def shard_part(shard: Array, block: Block) -> Array:
+    """The elements of the block in the shard, in the order of the view's factors; a view of it."""
+    strides = row_major_strides(shard.shape)
+    offset, steps = linear(block, strides)
+    flat = shard.reshape(-1)
+    if not block.size:
+        return flat[:0].reshape(block.box.shape)
+    size = shard.itemsize
+    return np.lib.stride_tricks.as_strided(flat[offset:], block.box.shape, [step * size for step in steps])
+
+
+def _same_bits(a: Array, b: Array) -> bool:
+    kind = f"u{a.itemsize}"
+    return a.dtype == b.dtype and bool((np.ascontiguousarray(a).view(kind) == np.ascontiguousarray(b).view(kind)).all())

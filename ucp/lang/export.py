@@ -1,0 +1,348 @@
+"""The other direction: which shards there are at a mesh, and which blocks of the logical tensors each of them is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ucp.errors import FitError, UsageError
+from ucp.lang.ast import Program
+from ucp.lang.bind import Placements
+from ucp.lang.check import Checked, Ready, check
+from ucp.lang.choose import holds, offsets
+from ucp.lang.error import nearest
+from ucp.lang.held import Held
+from ucp.lang.match import Index, Matcher, captures, computed, describe, spell
+from ucp.lang.shards import Compiler
+from ucp.lang.solve import Cuts, Numbered, Observation, Solver, require, solve
+from ucp.lang.sums import evaluate
+from ucp.layout import Mesh, Shape
+from ucp.layout.block import Block, View
+from ucp.layout.expr import Cut, Dim
+from ucp.layout.setting import Setting
+
+Values = dict[str, int | str]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A block of the logical tensor `name`, seen through `view`, that a shard holds."""
+
+    name: str
+    view: View
+    block: Block
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A tensor to be made: its name and local shape at `coordinate`, and what fills it. The rest is padding: zeros."""
+
+    name: str
+    shape: Shape
+    coordinate: Mapping[str, int]
+    blocks: tuple[Wanted, ...]
+    dtype: str | None
+    """Where the program says one, as it writes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """A program at a mesh, ready to say what each coordinate holds of the logical tensors `logical`."""
+
+    checked: Checked
+    solver: Solver
+    setting: Setting
+    flags: Mapping[str, bool]
+    logical: Mapping[str, Shape]
+    rules: tuple[tuple[Ready, tuple[Values, ...]], ...]
+    """Active rules, each with the captured values (over the whole model) of the tensors it makes."""
+    compiler: Compiler
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Logical names that are tied, with the name that holds the data."""
+        return _tied(self.checked, self.compiler.flags)
+
+    def shards(self, coordinates: Iterable[Mapping[str, int]], *, state: str = "value") -> Iterator[Shard]:
+        """Every shard at each of `coordinates`, in order of rules. FitError where a cut does not come out."""
+        for given in coordinates:
+            coordinate = self.solver.coordinate(given)
+            for ready, tensors in self.rules:
+                if self._elsewhere(ready, coordinate):
+                    continue
+                for values in tensors:
+                    yield from self._shard(ready, values, given, coordinate, state)
+
+    def _elsewhere(self, ready: Ready, coordinate: Mapping[str, int]) -> bool:
+        """Whether an ``on`` puts the tensor on another coordinate."""
+        return any(
+            self.setting.index(place.axis, coordinate) != place.index % self.setting.degree(place.axis)
+            for place in ready.equation.on
+        )
+
+    def _shard(
+        self, ready: Ready, values: Values, given: Mapping[str, int], coordinate: Mapping[str, int], state: str
+    ) -> Iterator[Shard]:
+        local = self._local(ready, values, coordinate)
+        if local is None:
+            return
+        name = spell(ready.equation.source, local, offsets(ready.equation, self.setting.sizes))
+        shape, blocks = self.compiler.wanted(ready, values, coordinate, state, name)
+        layout = ready.equation.layout
+        found = tuple(Wanted(*item) for item in blocks)
+        yield Shard(name, shape, given, found, layout.dtype if layout and state == "value" else None)
+
+    def _local(self, ready: Ready, values: Values, coordinate: Mapping[str, int]) -> Values | None:
+        """Numbers as the source's name writes them at `coordinate`; None where another coordinate holds the tensor."""
+        local = dict(values)
+        for capture in captures(ready.equation.source):
+            if capture.name in self.solver.mesh:
+                local[capture.name] = self.setting.index(capture.name, coordinate)
+                continue
+            value = values[capture.name]
+            if capture.cuts and isinstance(value, int):
+                number = _localize(capture.name, capture.cuts, value, self.setting, coordinate)
+                if number is None:
+                    return None
+                local[capture.name] = number
+        for k, place in enumerate(computed(ready.equation.source)):
+            found = evaluate(place.value, self.solver.value)
+            if found is None or found.denominator != 1:
+                raise FitError(f"{describe(ready.equation.source)}: its number is not known")
+            local[f"={k}"] = int(found)
+        return local
+
+
+def _localize(
+    name: str, cuts: Sequence[Cut], value: int, setting: Setting, coordinate: Mapping[str, int]
+) -> int | None:
+    """The number by which a coordinate calls the global number `value`; None if it does not hold it."""
+    passed = 0
+    for start, count in setting.runs(name, cuts, setting.size(Dim(name)), coordinate):
+        if start <= value < start + count:
+            return passed + value - start
+        passed += count
+    return None
+
+
+def export(
+    program: Program,
+    logical: Mapping[str, Shape],
+    *,
+    mesh: Mesh,
+    sizes: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
+    flags: Mapping[str, bool] | None = None,
+    cuts: Cuts | None = None,
+    placements: Placements | None = None,
+    ties: Mapping[str, str] | None = None,
+    job: Sequence[Held] = (),
+) -> Exporter:
+    """Make ready to cut the tensors `logical` (names and shapes) as `program` says at `mesh`.
+
+    `ties` are aliases that the source has for some of `logical`, by name. `job` are shards that exist already, of one rank or more: their shapes help to find sizes. The rest as in `bind`.
+    FitError for a logical tensor that no rule takes, and for a rule whose logical tensor is missing.
+    """
+    checked = check(program)
+    index, places = _index(checked)
+    alike = {**logical, **{alias: logical[name] for alias, name in (ties or {}).items()}}
+    matched = {name: [(places[i], values) for i, values in index.find(name)] for name in alike}
+    chosen = _flags(checked, matched, flags or {}, mesh, ties or {})
+    solver = solve(
+        checked.flat,
+        [*_lengths(checked, matched, alike), *_job_lengths(checked, job)],
+        _numbers(matched, checked),
+        mesh=mesh,
+        sizes=sizes or {},
+        config=config or {},
+        cuts=cuts or {},
+    )
+    setting = solver.setting(placements or {})
+    all_flags = {**chosen, **{axis: n > 1 for axis, n in solver.mesh.items()}}
+    rules = tuple(_tensors(checked, solver, matched, all_flags))
+    compiler = Compiler(checked, solver, setting, all_flags)
+    return Exporter(checked, solver, setting, chosen, logical, rules, compiler)
+
+
+_Matched = Mapping[str, list[tuple[tuple[int, int], Values]]]
+"""For each logical name: (rule, target) and captured values of each pattern it matches."""
+
+
+def _index(checked: Checked) -> tuple[Index, list[tuple[int, int]]]:
+    matchers, places = [], []
+    for ready in checked.rules:
+        if not ready.equation.exports:
+            continue
+        numbers = _numeric(ready)
+        for k, side in enumerate(ready.equation.targets):
+            matchers.append(Matcher.of(side.name, numbers))
+            places.append((ready.equation.number, k))
+    return Index(matchers), places
+
+
+def _numeric(ready: Ready) -> frozenset[str]:
+    return ready.numbers | ready.axis_leaves | frozenset(name for named in ready.named for name in named)
+
+
+def _flags(
+    checked: Checked, matched: _Matched, flags: Mapping[str, bool], mesh: Mesh, ties: Mapping[str, str]
+) -> dict[str, bool]:
+    """Flags that were not given, where only one choice leaves no tensor and no rule over."""
+    flat = checked.flat
+    for flag in flags:
+        if flag not in flat.flags:
+            raise UsageError(f"{checked.program.file}: no flag {flag!r}", hint=nearest(flag, flat.flags))
+    fixed = {**{axis: mesh[axis] > 1 for axis in flat.all_axes}, **flags}
+    unknown = [flag for flag in flat.flags if flag not in fixed]
+    trials = [
+        {**fixed, **dict(zip(unknown, values, strict=True))}
+        for values in itertools.product((False, True), repeat=len(unknown))
+    ]
+    fitting = [trial for trial in trials if next(_problems(checked, matched, trial, ties), None) is None]
+    if not fitting:
+        best = min(trials, key=lambda trial: sum(1 for _ in _problems(checked, matched, trial, ties)))
+        raise next(_problems(checked, matched, best, ties))
+    if len(fitting) > 1:
+        fitting = [trial for trial in fitting if _tied(checked, trial).keys() >= ties.keys()] or fitting
+    if len(fitting) > 1:
+        unsure = [flag for flag in unknown if len({trial[flag] for trial in fitting}) > 1]
+        hint = "give " + " ".join(f"--flag {flag}=yes|no" for flag in unsure)
+        raise FitError(f"{checked.program.file}: the names do not tell whether {' and '.join(unsure)}", hint=hint)
+    return {flag: fitting[0][flag] for flag in flat.flags}
+
+
+def _tied(checked: Checked, flags: Mapping[str, bool]) -> dict[str, str]:
+    """Aliases that hold under `flags`, with the name that holds the data."""
+    return {
+        describe(tie.alias): describe(tie.name) for tie in checked.flat.ties if holds(tie.conditions, flags)
+    }
+
+
+def _problems(
+    checked: Checked, matched: _Matched, flags: Mapping[str, bool], ties: Mapping[str, str]
+) -> Iterator[FitError]:
+    active = {
+        ready.equation.number
+        for ready in checked.rules
+        if ready.equation.exports and holds(ready.equation.conditions, flags)
+    }
+    used = {place for found in matched.values() for place, _ in found}
+    tied = _tied(checked, flags)
+    for name, found in matched.items():
+        if name in tied and name not in ties:
+            yield FitError(f"{name} is a tensor of its own, but the program ties it to {tied[name]}")
+        elif not any(rule in active for (rule, _), _ in found) and name not in tied:
+            known = [describe(side.name) for ready in checked.rules for side in ready.equation.targets]
+            yield FitError(f"{name}: no rule of {checked.program.file} writes it", hint=nearest(name, known))
+    for ready in checked.rules:
+        equation = ready.equation
+        if equation.number not in active or equation.optional:
+            continue
+        for k, side in enumerate(equation.targets):
+            if (equation.number, k) not in used and tied.get(describe(side.name)) not in matched:
+                yield FitError(
+                    f"{checked.where(equation)} needs {describe(side.name)}, and there is no such tensor",
+                    hint="a rule that may find nothing ends with `optional`",
+                )
+
+
+def _lengths(
+    checked: Checked, matched: _Matched, logical: Mapping[str, Shape]
+) -> list[Observation]:
+    """What the shapes of logical tensors say about sizes."""
+    found = []
+    for name, places in matched.items():
+        for (rule, k), _ in places:
+            ready = checked.rules[rule]
+            if ready.targets is None:
+                continue
+            dims = ready.targets[k].dims
+            if len(dims) != len(logical[name]):
+                raise FitError(
+                    f"{name} has shape {list(logical[name])}, but {checked.where(ready.equation)} gives it {len(dims)} dims"
+                )
+            found += [Observation(name, d, dim, n, ()) for d, (dim, n) in enumerate(zip(dims, logical[name], strict=True))]
+    return found
+
+
+def _job_lengths(checked: Checked, job: Sequence[Held]) -> list[Observation]:
+    """What the shapes of shards that exist say about sizes."""
+    if not job:
+        return []
+    rules = [ready for ready in checked.rules if ready.equation.exports and ready.layout is not None]
+    index = Index(Matcher.of(ready.equation.source, ready.numbers) for ready in rules)
+    found = []
+    for shard in job:
+        for i, _ in index.find(shard.name):
+            layout = rules[i].layout
+            if layout is not None and len(layout.dims) == len(shard.shape):
+                at = tuple(sorted(shard.coordinate.items()))
+                found += [Observation(shard.name, d, e, n, at) for d, (e, n) in enumerate(zip(layout.dims, shard.shape, strict=True))]
+    return found
+
+
+def _numbers(matched: _Matched, checked: Checked) -> list[Numbered]:
+    """The size of every numbered leaf in logical names."""
+    seen: dict[str, set[int]] = {}
+    for places in matched.values():
+        for (rule, _), values in places:
+            wanted = {capture.name for capture in captures(checked.rules[rule].equation.source)} | _numeric(checked.rules[rule])
+            for name, value in values.items():
+                if isinstance(value, int) and name in wanted and name not in checked.flat.all_axes:
+                    seen.setdefault(name, set()).add(value)
+    return [Numbered(name, (), {(): numbers}) for name, numbers in seen.items()]
+
+
+def _tensors(
+    checked: Checked, solver: Solver, matched: _Matched, flags: Mapping[str, bool]
+) -> Iterator[tuple[Ready, tuple[Values, ...]]]:
+    """Each active rule, and the captured values of all tensors it makes of the logical ones."""
+    tied = _tied(checked, flags)
+    by_place: dict[tuple[int, int], list[Values]] = {}
+    for places in matched.values():
+        for place, values in places:
+            by_place.setdefault(place, []).append(values)
+    for ready in checked.rules:
+        equation = ready.equation
+        if not equation.exports or not holds(equation.conditions, flags):
+            continue
+        values = _values(checked, ready, by_place, matched, tied)
+        if values:
+            yield ready, tuple(_stacked(ready, solver, values))
+
+
+def _values(
+    checked: Checked,
+    ready: Ready,
+    by_place: Mapping[tuple[int, int], list[Values]],
+    matched: _Matched,
+    tied: Mapping[str, str],
+) -> list[Values]:
+    """Values that the names of the first target have; all targets must have the same ones."""
+    equation = ready.equation
+    sources = {capture.name for capture in captures(equation.source)}
+    merged: list[set[tuple[tuple[str, int | str], ...]]] = []
+    for k, side in enumerate(equation.targets):
+        found = by_place.get((equation.number, k), [])
+        if not found and tied.get(describe(side.name)) in matched:
+            found = [{}]
+        merged.append({tuple(sorted((n, v) for n, v in one.items() if n in sources)) for one in found})
+    for k, side in enumerate(equation.targets[1:], 1):
+        odd = merged[0] ^ merged[k]
+        if odd:
+            raise FitError(
+                f"{checked.where(equation)} needs both {describe(equation.targets[0].name)} and {describe(side.name)}, "
+                f"but for {dict(min(odd, key=str)) or 'all'} one is missing"
+            )
+    return [dict(one) for one in sorted(merged[0], key=str)]
+
+
+def _stacked(ready: Ready, solver: Solver, found: Sequence[Values]) -> Iterator[Values]:
+    """Source numbers that are dims on the right run over their whole size."""
+    names = sorted(ready.leaves)
+    require(solver, names, describe(ready.equation.source))
+    for values in found:
+        for numbers in itertools.product(*(range(solver.value(name) or 0) for name in names)):
+            yield {**values, **dict(zip(names, numbers, strict=True))}
+
