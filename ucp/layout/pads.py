@@ -110,7 +110,8 @@ def _inferred(expr: Expr, saved: int, setting: Setting, coordinate: Mapping[str,
     for inside, length in _descent(expr, saved, setting, coordinate):
         if isinstance(inside, Pad):
             return length
-    raise AssertionError("no padding in the expression")
+    # The coordinate holds nothing that is beside the padding, so any size gives the saved shape.
+    return smallest(expr, setting, coordinate)[0]
 
 
 def _descent(expr: Expr, saved: int, setting: Setting, coordinate: Mapping[str, int]) -> Iterator[tuple[Expr, int]]:
@@ -121,6 +122,8 @@ def _descent(expr: Expr, saved: int, setting: Setting, coordinate: Mapping[str, 
     match expr:
         case Product(items=items):
             rest = math.prod(length_of(item, setting, coordinate) for item in items if not count_pads(item))
+            if rest == saved == 0:
+                return
             if rest == 0 or saved % rest:
                 raise FitError(f"`{spell(expr)}`: a length of {saved} is not a multiple of {rest}")
             inner, length = next(item for item in items if count_pads(item)), saved // rest
