@@ -25,6 +25,9 @@ from ucp.lang.format_parts import arithmetic_text, clauses_text, expr_text, layo
 from ucp.lang.format_rules import rule_lines
 from ucp.lang.parser_rules import same_names
 
+_SHORT = 80
+"""The longest statement whose comment is lined up with those of its neighbours."""
+
 
 def format_program(program: Program) -> str:
     """`program` as text: two blanks of indentation, rules in columns, comments kept, a line feed at the end.
@@ -32,7 +35,8 @@ def format_program(program: Program) -> str:
     Parsing gives the same tree again, and formatting that the same text. Comments inside a statement stand before it.
     """
     lines = _Writer(spaced=program.text is None)
-    lines.statement(program.comments, [f"format {program.format}"], indent=0, first=True)
+    after = "" if program.comments.after is None else f"  #{program.comments.after}"
+    lines.statement(program.comments, [f"format {program.format}{after}"], indent=0, first=True)
     lines.body(program.statements, indent=0, first=False)
     lines.comments(program.tail, indent=0)
     return "\n".join(lines.lines) + "\n"
@@ -48,7 +52,7 @@ class _Writer:
     def body(self, statements: Sequence[Statement], *, indent: int, first: bool = True) -> None:
         """Statements that follow each other."""
         for group in _groups(statements):
-            texts = _texts(group, indent)
+            texts = _commented(group, _texts(group, indent))
             for statement, text in zip(group, texts, strict=True):
                 self._blank(statement, first=first, indent=indent)
                 self.statement(statement.comments, text, indent=indent, first=first)
@@ -64,8 +68,6 @@ class _Writer:
             self.lines.append("")
         self.comments(comments.before, indent=indent)
         self.lines += text
-        if comments.after is not None:
-            self.lines[-1] += f"  #{comments.after}"
 
     def comments(self, comments: Sequence[str], *, indent: int) -> None:
         """Comments on lines of their own."""
@@ -97,6 +99,17 @@ def _texts(group: Sequence[Statement], indent: int) -> list[list[str]]:
     states = [" ".join(statement.names) for statement in group if isinstance(statement, State)]
     width = max(map(len, states), default=0)
     return [[" " * indent + _line(statement, width)] for statement in group]
+
+
+def _commented(group: Sequence[Statement], texts: list[list[str]]) -> list[list[str]]:
+    """`texts` with the comments at the ends of statements, under each other where the statements are short."""
+    ends = [text[-1] for statement, text in zip(group, texts, strict=True) if statement.comments.after is not None]
+    width = max((len(end) for end in ends if len(end) <= _SHORT), default=0)
+    found = []
+    for statement, text in zip(group, texts, strict=True):
+        after = statement.comments.after
+        found.append(text if after is None else [*text[:-1], f"{text[-1].ljust(width)}  #{after}"])
+    return found
 
 
 def _line(statement: Statement, width: int) -> str:
