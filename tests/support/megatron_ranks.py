@@ -90,7 +90,7 @@ def _expert_options(model: Model) -> dict[str, Any]:
         "num_moe_experts": model.experts,
         "moe_router_topk": model.topk,
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": "allgather",
         "moe_ffn_hidden_size": model.ffn_moe,
         "moe_shared_expert_intermediate_size": model.ffn_shared,
         "moe_layer_freq": 1 if model.expert_layers is None else list(model.expert_layers),
@@ -108,7 +108,7 @@ def build(model: Model, grid: Grid) -> list[GPTModel]:
         create_gloo_process_groups=True,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
-    init_num_microbatches_calculator(distributed.get_rank(), None, 2, 2 // grid.dp, grid.dp)
+    init_num_microbatches_calculator(distributed.get_rank(), None, 2 * grid.dp, 1, grid.dp)
     settings = config(model, grid)
     return [_chunk(model, grid, settings, number) for number in range(grid.vpp)]
 
@@ -161,8 +161,10 @@ def _save(chunks: list[GPTModel], checkpoint: Path) -> None:
 
 
 def _load(chunks: list[GPTModel], checkpoint: Path) -> None:
-    for chunk in chunks:
-        chunk.load_state_dict(dist_checkpointing.load(chunk.sharded_state_dict(), str(checkpoint)))
+    wanted = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    loaded = dist_checkpointing.load(wanted, str(checkpoint))
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{number}"])
 
 
 def _record(chunks: list[GPTModel], grid: Grid, rank: int, out: Path) -> None:
@@ -189,26 +191,28 @@ def _record(chunks: list[GPTModel], grid: Grid, rank: int, out: Path) -> None:
 def _forward(chunks: list[GPTModel], model: Model) -> np.ndarray | None:
     """Logits [batch, sequence, vocab] of the whole batch on the last stage; None elsewhere."""
     batch = torch.from_numpy(tokens(model))
-    places = torch.arange(batch.shape[1])[None].expand_as(batch)
-    causal = torch.ones(1, 1, batch.shape[1], batch.shape[1]).triu(1).bool()
+    count, length = batch.shape
+    places = torch.arange(length)[None]
+    causal = torch.ones(1, 1, length, length).triu(1).bool()
 
-    def step(iterator: Any, chunk: GPTModel) -> tuple[torch.Tensor, Any]:
-        next(iterator)
-        return chunk(batch, places, causal), lambda output, non_loss_data=False: output.detach()
+    def step(sequences: Any, chunk: GPTModel) -> tuple[torch.Tensor, Any]:
+        return chunk(next(sequences)[None], places, causal), lambda output, non_loss_data=False: output.detach()
 
+    several = len(chunks) > 1
     with torch.no_grad():
         outputs = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=[iter([0]) for _ in chunks] if len(chunks) > 1 else iter([0]),
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=1,
-            seq_length=batch.shape[1],
-            micro_batch_size=batch.shape[0],
+            data_iterator=[iter(batch) for _ in chunks] if several else iter(batch),
+            model=chunks if several else chunks[0],
+            num_microbatches=count,
+            seq_length=length,
+            micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
         )
     if not outputs:
         return None
-    whole = [torch.empty_like(outputs[0]) for _ in range(ps.get_tensor_model_parallel_world_size())]
-    distributed.all_gather(whole, outputs[0].contiguous(), group=ps.get_tensor_model_parallel_group())
+    mine = torch.cat(outputs)
+    whole = [torch.empty_like(mine) for _ in range(ps.get_tensor_model_parallel_world_size())]
+    distributed.all_gather(whole, mine, group=ps.get_tensor_model_parallel_group())
     return torch.cat(whole, -1)[..., : model.vocab].numpy()
