@@ -16,7 +16,7 @@ from ucp.lang.choose import Match, choose, holds
 from ucp.lang.coverage import Piece, place
 from ucp.lang.held import Held
 from ucp.lang.observe import lengths, numbers
-from ucp.lang.shards import Compiler, Found
+from ucp.lang.shards import Compiler, Part
 from ucp.lang.solve import Cuts, Solver, solve
 from ucp.layout import Box, Mesh, Shape
 from ucp.layout.block import View
@@ -25,6 +25,8 @@ from ucp.layout.setting import Setting
 Placements = Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]]
 Key = tuple[str, str]
 """Logical name and state."""
+Found = tuple[int, Part]
+"""Number of a shard, and a region that it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,8 @@ def bind(
             dropped.append(number)
             continue
         uses[match.rule] = uses.get(match.rule, 0) + 1
-        for name, part in compiler.compile(number, shard, match):
-            found.setdefault((name, shard.state), []).append(part)
+        for part in compiler.compile(shard, match):
+            found.setdefault((part.name, shard.state), []).append((number, part))
     return _assembled(_Parts(checked, held, solver, setting, chosen), found, tuple(dropped), uses)
 
 
@@ -161,7 +163,7 @@ def _ties(parts: _Parts, found: Mapping[Key, object]) -> dict[str, str]:
 
 def _one_rule(parts: _Parts, key: Key, blocks: Sequence[Found]) -> None:
     """Two rules for one logical tensor would compare what the author may have meant to be two tensors."""
-    rules = sorted({part.rule for part in blocks})
+    rules = sorted({part.rule for _, part in blocks})
     if len(rules) > 1:
         first, second = (parts.checked.where(parts.checked.rules[rule].equation) for rule in rules[:2])
         raise FitError(
@@ -170,22 +172,23 @@ def _one_rule(parts: _Parts, key: Key, blocks: Sequence[Found]) -> None:
 
 
 def _logical(parts: _Parts, key: Key, blocks: Sequence[Found]) -> Logical:
-    first = blocks[0]
-    for part in blocks:
+    number, first = blocks[0]
+    for other, part in blocks:
+        if part is first:
+            continue
         if part.dtype != first.dtype:
-            one, other = parts.held[first.held], parts.held[part.held]
-            raise FitError(f"{key[0]}: {one} is {first.dtype}, but {other} is {part.dtype}")
+            raise FitError(f"{key[0]}: {parts.held[number]} is {first.dtype}, but {parts.held[other]} is {part.dtype}")
         if part.view != first.view:
-            one, other = parts.held[first.held], parts.held[part.held]
-            raise FitError(f"{key[0]}: {one} makes it {list(first.view.tensor)}, but {other} {list(part.view.tensor)}")
+            one, two = list(first.view.tensor), list(part.view.tensor)
+            raise FitError(f"{key[0]}: {parts.held[number]} makes it {one}, but {parts.held[other]} {two}")
     return Logical(first.view.tensor, first.dtype, first.dims, first.view)
 
 
 def _same_tensor(parts: _Parts, key: Key, alias: str, tensor: Logical, others: Sequence[Found]) -> None:
-    for part in others:
+    for number, part in others:
         if part.view != tensor.view or part.dtype != tensor.dtype:
             raise FitError(
-                f"{alias} is tied to {key[0]}, but {parts.held[part.held]} is {part.dtype} {list(part.view.tensor)}, "
+                f"{alias} is tied to {key[0]}, but {parts.held[number]} is {part.dtype} {list(part.view.tensor)}, "
                 f"not {tensor.dtype} {list(tensor.shape)}"
             )
 
@@ -193,10 +196,10 @@ def _same_tensor(parts: _Parts, key: Key, alias: str, tensor: Logical, others: S
 def _placed(
     parts: _Parts, key: Key, tensor: Logical, blocks: Sequence[Found]
 ) -> tuple[tuple[Piece, ...], str | None]:
-    kinds = {part.reduce.kind for part in blocks if part.reduce is not None}
+    kinds = {part.reduce.kind for _, part in blocks if part.reduce is not None}
     if "any" in kinds:
         blocks = _first_along(parts, blocks)
-    found, hole = place(((part.held, part.block) for part in blocks), tensor.view.shape)
+    found, hole = place(((number, part.block) for number, part in blocks), tensor.view.shape)
     if hole is not None:
         raise _missing(parts, key, tensor, hole)
     reducing = sorted(kinds - {"any"})
@@ -208,10 +211,10 @@ def _placed(
 def _first_along(parts: _Parts, blocks: Sequence[Found]) -> list[Found]:
     """Copies along the axes of ``any`` are not looked at: only the first of each region is kept along them."""
     kept: dict[tuple[Box, tuple[tuple[str, int], ...]], Found] = {}
-    for part in blocks:
+    for number, part in blocks:
         any_axes = part.reduce.axes if part.reduce is not None and part.reduce.kind == "any" else ()
-        rest = tuple(sorted((a, i) for a, i in parts.held[part.held].coordinate.items() if a not in any_axes))
-        kept.setdefault((part.block.box, rest), part)
+        rest = tuple(sorted((a, i) for a, i in parts.held[number].coordinate.items() if a not in any_axes))
+        kept.setdefault((part.block.box, rest), (number, part))
     return list(kept.values())
 
 
@@ -220,7 +223,7 @@ def _terms(parts: _Parts, key: Key, blocks: Sequence[Found], found: Sequence[Pie
 
     FitError where a coordinate is missing: a mean over fewer would be wrong, silently.
     """
-    reduce = next(part.reduce for part in blocks if part.reduce is not None)
+    reduce = next(part.reduce for _, part in blocks if part.reduce is not None)
     wanted = 1
     for axis in reduce.axes:
         wanted *= parts.solver.mesh[axis]

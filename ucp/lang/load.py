@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 from ucp.errors import NotFoundError
 from ucp.lang.ast import Program
 from ucp.lang.error import nearest, program_error
+from ucp.lang.json_read import from_json
 from ucp.lang.parser import parse
 
 _SUFFIXES = (".ucp", ".json")
@@ -58,4 +61,14 @@ def _read(source: Traversable, *, name: str) -> Program:
         line = data.count(b"\n", 0, error.start) + 1
         cause = f"byte {data[error.start]:#04x} on line {line} is not UTF-8"
         raise program_error(None, at=None, kind="syntax", cause=cause, file=name) from None
-    return parse(text, file=name)
+    return from_json(_document(text, name), file=name) if name.endswith(".json") else parse(text, file=name)
+
+
+def _document(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        cause = f"no JSON: {error}"
+    except RecursionError:
+        cause = "no JSON that can be read: too deep"
+    raise program_error(None, at=None, kind="syntax", cause=cause, file=name)

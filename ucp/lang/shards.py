@@ -25,10 +25,10 @@ from ucp.layout.spell import spell as spell_dim
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A block of one logical tensor in the `held`-th shard, and what the rule says of the tensor."""
+class Part:
+    """A block of the logical tensor `name` in a shard, and what the rule says of the tensor."""
 
-    held: int
+    name: str
     rule: int
     block: Block
     view: View
@@ -61,15 +61,33 @@ class Compiler:
     _forms: dict[tuple[int, str], Form] = field(default_factory=dict)
     _kept: dict[tuple[object, ...], Compiled] = field(default_factory=dict)
     _states: dict[str, State | None] = field(default_factory=dict)
+    _parts: dict[tuple[object, ...], tuple[Part, ...]] = field(default_factory=dict)
+    _axes: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
-    def compile(self, number: int, shard: Held, match: Match) -> Iterator[tuple[str, Found]]:
-        """Logical name and block of every region that the shard holds.
+    def compile(self, shard: Held, match: Match) -> tuple[Part, ...]:
+        """Every region that the shard holds. Replicas share what is compiled.
 
         FitError for a state that the program does not know, a tensor in a wrong place, a shape that the sizes do not
         give, or a size that is not known.
         """
         assert match.rule is not None
-        ready = self.checked.rules[match.rule]
+        if match.rule not in self._axes:
+            self._axes[match.rule] = self._relevant(self.checked.rules[match.rule])
+        at = tuple([shard.coordinate.get(axis) for axis in self._axes[match.rule]])
+        key = (shard.name, shard.state, shard.shape, shard.dtype, at)
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = tuple(self._compile_one(shard, match, self.checked.rules[match.rule]))
+        return found
+
+    def _relevant(self, ready: Ready) -> tuple[str, ...]:
+        """Axes on which it matters where a tensor of the rule lies."""
+        places = {place.axis for place in ready.equation.on}
+        fine = ready.axes | places | {axis for state in self.checked.flat.states for axis in state.each}
+        coarse = {factor.axis for factor in self.checked.flat.factors if fine & set(factor.parts)}
+        return tuple(sorted(fine | coarse))
+
+    def _compile_one(self, shard: Held, match: Match, ready: Ready) -> Iterator[Part]:
         form = self.form(ready, shard)
         coordinate = self.solver.coordinate(shard.coordinate)
         self._in_place(ready, shard, coordinate)
@@ -85,8 +103,8 @@ class Compiler:
             name = "" if any(placed.names for placed in placed_blocks) else spell(side.name, values)
             for placed in placed_blocks:
                 own = name or spell(side.name, {**values, **dict(placed.names)})
-                yield own, Found(
-                    number, ready.equation.number, placed.block, compiled.views[k], form.texts[k] or _plain_texts(shard),
+                yield Part(
+                    own, ready.equation.number, placed.block, compiled.views[k], form.texts[k] or _plain_texts(shard),
                     dtypes[k], form.reduce,
                 )
 
