@@ -12,15 +12,28 @@ from functools import lru_cache
 from typing import NoReturn
 
 from ucp.errors import ProgramError
-from ucp.lang.ast import Capture, Condition, On, Pattern, Program, Reduce, Side, State
+from ucp.lang.ast import (
+    Capture,
+    Condition,
+    Factor,
+    Flags,
+    Let,
+    MeshAxes,
+    On,
+    Pattern,
+    Program,
+    Reduce,
+    Side,
+    Sizes,
+)
 from ucp.lang.error import Kind, nearest, program_error
 from ucp.lang.flat import Equation, Flat, flatten
 from ucp.lang.match import Matcher, captures, computed, in_part_of_component
 from ucp.lang.overlap import both_match
 from ucp.lang.solve import names_in
-from ucp.layout.branches import Branch, branches, default_targets
+from ucp.layout.branches import Branch, branches_in, default_targets
 from ucp.layout.dtypes import narrows
-from ucp.layout.expr import Arith, Dim, Layout, Name, Operation, Span
+from ucp.layout.expr import Arith, Dim, Every, Expr, Layout, Name, Operation, Pad, Product, Span
 from ucp.layout.invalid import LayoutError
 
 
@@ -100,7 +113,9 @@ class _Checker:
     program: Program
     flat: Flat
 
-    def fail(self, at: Span | None, kind: Kind, cause: str, hint: str | None = None, word: str | None = None) -> NoReturn:
+    def fail(
+        self, at: Span | None, kind: Kind, cause: str, hint: str | None = None, word: str | None = None
+    ) -> NoReturn:
         raise program_error(self.program, at=at, kind=kind, cause=cause, hint=hint, word=word)
 
     # Declarations
@@ -112,7 +127,8 @@ class _Checker:
         declared += [(name, "size") for name in flat.all_sizes] + [(name, "flag") for name in flat.flags]
         for name, kind in declared:
             if name in seen:
-                self.fail(self._declared_at(name), "name", f"`{name}` is declared twice, as {seen[name]} and {kind}", word=name)
+                both = "" if seen[name] == kind else f", as {seen[name]} and {kind}"
+                self.fail(self._declared_at(name), "name", f"`{name}` is declared twice{both}", word=name)
             seen[name] = kind
         for axis in flat.axes:
             if flat.axes.count(axis) > 1:
@@ -130,11 +146,14 @@ class _Checker:
                     self.fail(name.at, "tie", "a tie names tensors, without captures")
 
     def _declared_at(self, name: str) -> Span | None:
-        for statement in (*self.flat.sizes, *self.flat.lets, *self.flat.factors):
-            names = (*getattr(statement, "names", ()), *getattr(statement, "parts", ()), getattr(statement, "name", ""))
-            if name in names:
-                return statement.at
-        return self.program.statements[0].at if self.program.statements else None
+        """Where `name` is declared last."""
+        found = None
+        for statement in self.program.statements:
+            if isinstance(statement, MeshAxes | Factor | Sizes | Let | Flags):
+                lists = (getattr(statement, what, ()) for what in ("axes", "parts", "names"))
+                if name in {*(name for names in lists for name in names), getattr(statement, "name", None)}:
+                    found = statement.at
+        return found
 
     def states(self) -> None:
         seen: set[str] = set()
@@ -146,7 +165,7 @@ class _Checker:
                 seen.add(name)
             self.known_axes([(axis, state.at) for axis in state.each])
             self.reduces(state.reduces)
-            if state.layout is not None and branches(state.layout) and len(branches(state.layout)) > 1:
+            if state.layout is not None and branches_in(state.layout) and len(branches_in(state.layout)) > 1:
                 self.fail(state.at, "state", "a state's own layout has one part")
 
     def arithmetic(self, value: Arith, *, leaves: frozenset[str] = frozenset()) -> None:
@@ -159,7 +178,9 @@ class _Checker:
                 self.fail(value.at, "size", f"`{value.name}` is no size and no axis", nearest(value.name, known))
 
     def _captured(self) -> set[str]:
-        patterns = (pattern for eq in self.flat.equations for pattern in (eq.source, *(side.name for side in eq.targets)))
+        patterns = (
+            pattern for eq in self.flat.equations for pattern in (eq.source, *(side.name for side in eq.targets))
+        )
         return {capture.name for pattern in patterns for capture in captures(pattern)}
 
     def conditions(self, conditions: Sequence[Condition]) -> None:
@@ -192,7 +213,7 @@ class _Checker:
         self.reduces(equation.reduces)
         self.names(equation)
         layout, targets = self.layouts(equation)
-        parts = branches(layout) if layout is not None else ()
+        parts = branches_in(layout) if layout is not None else ()
         axes = self.axes(equation, layout, parts)
         ready = self.leaves(equation, layout, targets, parts, axes)
         self.clauses(equation, ready)
@@ -228,7 +249,9 @@ class _Checker:
         if len(parts) != len(written):
             left, right = _count(len(parts), "part"), _count(len(written), "tensor")
             self.fail(
-                equation.layout.at or equation.at, "dims", f"{left} on the left, {right} on the right",
+                equation.layout.at or equation.at,
+                "dims",
+                f"{left} on the left, {right} on the right",
                 "each part between `+` on the left, padding apart, is one tensor on the right",
             )
         defaults = default_targets(equation.layout)
@@ -243,13 +266,13 @@ class _Checker:
 
     def guarded(self, equation: Equation, layout: Layout) -> tuple[Branch, ...]:
         try:
-            return branches(layout)
+            return branches_in(layout)
         except LayoutError as error:
             self.fail(getattr(error.node, "at", None) or equation.at, "dims", error.message, error.hint)
 
     def plain(self, layout: Layout) -> None:
         """A logical tensor is whole: no cuts, no padding, one part."""
-        if len(branches(layout)) != 1 or any(branch.cuts for branch in branches(layout)):
+        if len(branches_in(layout)) != 1 or any(branch.cuts for branch in branches_in(layout)):
             self.fail(layout.at, "dims", "a logical tensor is whole: no cuts, no padding and no `+` on the right")
 
     def axes(self, equation: Equation, layout: Layout | None, parts: Sequence[Branch]) -> frozenset[str]:
@@ -276,7 +299,7 @@ class _Checker:
     ) -> Ready:
         source_names = {capture.name for capture in captures(equation.source)}
         cut_names = {capture.name for capture in captures(equation.source) if capture.cuts or capture.offset}
-        target_dims = [set(branches(target)[0].leaves) for target in targets or ()]
+        target_dims = [set(branches_in(target)[0].leaves) for target in targets or ()]
         source_dims = {leaf for branch in parts for leaf in branch.leaves}
         all_axes = set(self.flat.all_axes)
         axis_leaves = frozenset(
@@ -284,16 +307,21 @@ class _Checker:
             | {capture.name for side in equation.targets for capture in captures(side.name) if capture.name in all_axes}
         )
         used_as_dims = frozenset(name for name in source_names if any(name in dims for dims in target_dims))
-        named = tuple(
-            frozenset(c.name for c in captures(side.name)) & source_dims for side in equation.targets
-        )
+        named = tuple(frozenset(c.name for c in captures(side.name)) & source_dims for side in equation.targets)
         for number, branch in enumerate(parts):
             self.conserved(equation, number, branch, targets, axis_leaves)
         for number, side in enumerate(equation.targets):
             self.spelled(equation, side, source_names, source_dims if parts else set(), axis_leaves, number)
         numbers = cut_names | used_as_dims | (source_names & all_axes) | in_part_of_component(equation.source)
         return Ready(
-            equation, layout, targets, parts, frozenset(numbers), used_as_dims, axis_leaves, named,
+            equation,
+            layout,
+            targets,
+            parts,
+            frozenset(numbers),
+            used_as_dims,
+            axis_leaves,
+            named,
             axes | axis_leaves | (source_names & all_axes),
         )
 
@@ -304,14 +332,18 @@ class _Checker:
         for capture in captures(side.name):
             if capture.name not in names | dims | axis_leaves:
                 known = sorted(names | dims | set(self.flat.all_axes))
-                self.fail(capture.at, "name", f"`{{{capture.name}}}` is only on the right", nearest(capture.name, known))
+                self.fail(
+                    capture.at, "name", f"`{{{capture.name}}}` is only on the right", nearest(capture.name, known)
+                )
         there = {capture.name for capture in captures(side.name)}
         if equation.layout is not None:
             there |= {dim.name for dim in _named_dims(side.layout, equation, number)}
         for capture in captures(equation.source):
             if capture.name not in there and capture.name not in self.flat.all_axes:
                 self.fail(
-                    capture.at, "name", f"`{{{capture.name}}}` is only on the left",
+                    capture.at,
+                    "name",
+                    f"`{{{capture.name}}}` is only on the left",
                     f"name it on the right, as {{{capture.name}}} or as a dim",
                 )
 
@@ -327,7 +359,7 @@ class _Checker:
         assert targets is not None and equation is not None
         target = targets[number]
         written = equation.targets[number].layout
-        right_dims = [dim for group in branches(target)[0].dims for dim in group if dim.name != "1"]
+        right_dims = [dim for group in branches_in(target)[0].dims for dim in group if dim.name != "1"]
         left_dims = [dim for group in branch.dims for dim in group if dim.name != "1"]
         left_names, right_names = captures(equation.source), captures(equation.targets[number].name)
         self.known_dims((*left_dims, *right_dims))
@@ -338,7 +370,9 @@ class _Checker:
             for dim in dims:
                 if names.count(dim.name) > 1:
                     self.fail(
-                        dim.at, "dims", f"`{dim.name}` stands twice in one part on the {side}: which is which?",
+                        dim.at,
+                        "dims",
+                        f"`{dim.name}` stands twice in one part on the {side}: which is which?",
                         f"give one of them a second name: `let {_second(dim.name)} = {dim.name}`",
                     )
         for dim in left_dims:
@@ -347,7 +381,9 @@ class _Checker:
                 self.fail(at, "dims", f"`{dim.name}` is only on the left", nearest(dim.name, set(right) - set(left)))
         for dim in right_dims:
             if dim.name not in left and dim.name not in axis_leaves:
-                self.fail(dim.at, "dims", f"`{dim.name}` is only on the right", nearest(dim.name, set(left) | self._sizes()))
+                self.fail(
+                    dim.at, "dims", f"`{dim.name}` is only on the right", nearest(dim.name, set(left) | self._sizes())
+                )
             if dim.name in [c.name for c in right_names]:
                 self.fail(dim.at, "dims", f"`{dim.name}` is a dim and in the name: it can be one of them")
 
@@ -365,7 +401,9 @@ class _Checker:
         for reduce in equation.reduces:
             for axis in reduce.axes:
                 if axis in ready.axes:
-                    self.fail(reduce.at, "axis", f"axis `{axis}` cuts the tensor: there are no replicas to {_verb(reduce)}")
+                    self.fail(
+                        reduce.at, "axis", f"axis `{axis}` cuts the tensor: there are no replicas to {_verb(reduce)}"
+                    )
             if reduce.kind == "sum" and equation.arrow == "<->":
                 self.fail(reduce.at, "inverse", "a sum cannot be undone", "write `->`: import only")
         self.narrowing(equation, ready)
@@ -381,7 +419,9 @@ class _Checker:
             for allowed, source, target in directions:
                 if allowed and narrows(source, target):
                     self.fail(
-                        equation.at, "lossy", f"{source} to {target} loses digits",
+                        equation.at,
+                        "lossy",
+                        f"{source} to {target} loses digits",
                         "say `lossy` at the end of the rule, or use a one-way arrow",
                     )
 
@@ -393,17 +433,21 @@ class _Checker:
         for sizes in self.flat.sizes:
             for name in sizes.names:
                 if name not in used:
-                    self.fail(sizes.at, "size", f"size `{name}` is declared and never used", nearest(name, used), word=name)
-        conditions = [c for eq in self.flat.equations for c in eq.conditions] + [c for t in self.flat.ties for c in t.conditions]
+                    self.fail(
+                        sizes.at, "size", f"size `{name}` is declared and never used", nearest(name, used), word=name
+                    )
+        conditions = [c for eq in self.flat.equations for c in eq.conditions] + [
+            c for t in self.flat.ties for c in t.conditions
+        ]
         for flag in self.flat.flags:
             if flag not in {condition.flag for condition in conditions}:
-                self.fail(None, "flag", f"flag `{flag}` is declared and never used")
+                self.fail(self._declared_at(flag), "flag", f"flag `{flag}` is declared and never used", word=flag)
 
     def _used(self, rules: Sequence[Ready]) -> set[str]:
         used: set[str] = set()
         for ready in rules:
             for layout in (ready.layout, *(ready.targets or ())):
-                used |= {name for dim in (layout.dims if layout else ()) for name in names_in(dim)}
+                used |= {name for dim in (layout.dims if layout else ()) for name in names_in(dim) | _aligners(dim)}
             for pattern in (ready.equation.source, *(side.name for side in ready.equation.targets)):
                 used |= {capture.name for capture in captures(pattern)}
                 arithmetic = [c.offset for c in captures(pattern) if c.offset] + [c.value for c in computed(pattern)]
@@ -427,13 +471,15 @@ class _Checker:
                 example = both_match(matchers[a], matchers[b])
                 if example is not None:
                     self.fail(
-                        other.source.at or other.at, "match",
+                        other.source.at or other.at,
+                        "match",
                         f"`{example}` would match this rule and that of line {one.at[0] if one.at else '?'}",
                         "a tensor belongs to one rule; rules under opposite conditions may share names",
                     )
                 if self._same_product(one, other):
                     self.fail(
-                        other.at, "cover",
+                        other.at,
+                        "cover",
                         f"this rule and that of line {one.at[0] if one.at else '?'} produce the same logical tensor",
                         "make both optional if only one is ever there, or name two tensors and `tie` them",
                     )
@@ -443,6 +489,16 @@ class _Checker:
             return False
         mine = {_shape_of(side.name) for side in one.targets}
         return any(_shape_of(side.name) in mine for side in other.targets)
+
+
+def _aligners(expr: Expr) -> set[str]:
+    """Names that say what padding is aligned to."""
+    if isinstance(expr, Dim):
+        return set()
+    if isinstance(expr, Pad):
+        return names_of(expr.align) if expr.align else set()
+    inner = (expr.item,) if isinstance(expr, Every) else expr.items if isinstance(expr, Product) else expr.parts
+    return {name for part in inner for name in _aligners(part)}
 
 
 def names_of(value: Arith) -> set[str]:
@@ -455,7 +511,7 @@ def names_of(value: Arith) -> set[str]:
 def _named_dims(layout: Layout | None, equation: Equation, number: int) -> list[Dim]:
     assert equation.layout is not None
     chosen = layout or default_targets(equation.layout)[number]
-    return [dim for group in branches(chosen)[0].dims for dim in group]
+    return [dim for group in branches_in(chosen)[0].dims for dim in group]
 
 
 def _shape_of(pattern: Pattern) -> tuple[object, ...]:
@@ -473,7 +529,9 @@ def _count(n: int, what: str) -> str:
 
 
 def _second(name: str) -> str:
-    return f"{name}2" if not name[-1].isdecimal() else f"{name}b"
+    if name.isdecimal():
+        return "half" if name == "2" else f"n{name}"
+    return f"{name}b" if name[-1].isdecimal() else f"{name}2"
 
 
 def _verb(reduce: Reduce) -> str:
