@@ -17,7 +17,7 @@ from tests.programs.hf import models
 from tests.programs.hf.shards import shards
 from ucp.converters._programs import Known, from_config
 from ucp.lang import load_program
-from ucp.lang.arrays import gather, scatter
+from ucp.lang.arrays import At, at, gather, scatter
 from ucp.lang.ast import Program
 from ucp.layout import Mesh
 
@@ -44,13 +44,16 @@ class Made:
 
     def gather(self, shards: Mapping[int, Arrays], *, in_memory: bool) -> Arrays:
         known = self.known(in_memory=in_memory)
-        mesh = self.mesh(len(shards))
-        return gather(self.program, shards, mesh=mesh, sizes=known.sizes, flags=known.flags)
+        held = {self.at(rank): arrays for rank, arrays in shards.items()}
+        return gather(self.program, held, mesh=self.mesh(len(shards)), config=known.sizes, flags=known.flags)
 
     def scatter(self, logical: Mapping[str, np.ndarray], *, ranks: int = 1, in_memory: bool) -> dict[int, Arrays]:
         known = self.known(in_memory=in_memory)
-        mesh = self.mesh(ranks)
-        return scatter(self.program, logical, mesh=mesh, sizes=known.sizes, flags=known.flags)
+        made = scatter(self.program, logical, mesh=self.mesh(ranks), config=known.sizes, flags=known.flags)
+        return {rank: made[self.at(rank)] for rank in range(ranks)}
+
+    def at(self, rank: int) -> At:
+        return at(tp=rank) if self.case.plan else ()
 
     def mesh(self, ranks: int) -> Mesh:
         return Mesh({"tp": ranks} if self.case.plan else {})

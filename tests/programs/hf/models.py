@@ -26,7 +26,7 @@ DENSE = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-QWEN2 = {name: value for name, value in DENSE.items() if name != "head_dim"}
+SQUARE = {name: value for name, value in DENSE.items() if name != "head_dim"}
 MOE = {**DENSE, "num_experts_per_tok": 2}
 GPT2 = {"vocab_size": 40, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1}
 NEOX = {
@@ -58,10 +58,12 @@ class Case:
 CASES = {
     "llama": Case("hf_llama", "LlamaForCausalLM", DENSE),
     "llama-tied": Case("hf_llama", "LlamaForCausalLM", {**DENSE, "tie_word_embeddings": True}),
+    "llama-square": Case("hf_llama", "LlamaForCausalLM", SQUARE),
+    "llama-square-tied": Case("hf_llama", "LlamaForCausalLM", {**SQUARE, "tie_word_embeddings": True}),
     "llama-bias": Case("hf_llama", "LlamaForCausalLM", {**DENSE, "attention_bias": True, "mlp_bias": True}),
     "mistral": Case("hf_llama", "MistralForCausalLM", DENSE),
-    "qwen2": Case("hf_qwen2", "Qwen2ForCausalLM", QWEN2),
-    "qwen2-tied": Case("hf_qwen2", "Qwen2ForCausalLM", {**QWEN2, "tie_word_embeddings": True}),
+    "qwen2": Case("hf_qwen2", "Qwen2ForCausalLM", SQUARE),
+    "qwen2-tied": Case("hf_qwen2", "Qwen2ForCausalLM", {**SQUARE, "tie_word_embeddings": True}),
     "qwen3": Case("hf_qwen3", "Qwen3ForCausalLM", DENSE),
     "qwen3-tied-bias": Case(
         "hf_qwen3", "Qwen3ForCausalLM", {**DENSE, "tie_word_embeddings": True, "attention_bias": True}
@@ -98,7 +100,7 @@ def model_class(case: Case) -> Any:
 def model(case: Case, *, seed: int = 0) -> Any:
     """The module, in double precision for comparing what it computes, with values of its own in every parameter."""
     generator = torch.Generator().manual_seed(seed)
-    made = model_class(case)(config(case)).double().eval()
+    made = model_class(case)._from_config(config(case), experts_implementation="eager").double().eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0, 0.5, generator=generator)
