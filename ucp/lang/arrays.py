@@ -55,9 +55,7 @@ def gather(
         for name, array in tensors.items():
             held.append(Held(name, array.shape, array.dtype.name, dict(coordinate), state))
             arrays.append(np.ascontiguousarray(array).reshape(array.shape))
-    bound = bind(
-        program, held, mesh=mesh, sizes=sizes, config=config, flags=flags, cuts=cuts, placements=placements
-    )
+    bound = bind(program, held, mesh=mesh, sizes=sizes, config=config, flags=flags, cuts=cuts, placements=placements)
     found = {name: _gathered(bound, (name, kind), arrays, held) for name, kind in bound.tensors}
     return {**found, **{alias: found[name] for alias, name in bound.ties.items()}}
 
@@ -109,7 +107,9 @@ def scatter(
     )
     chosen = [at(**c) for c in mesh.coordinates()] if coordinates is None else list(coordinates)
     return {
-        place: {shard.name: make(shard, logical, exporter.aliases) for shard in exporter.shards([dict(place)], state=state)}
+        place: {
+            shard.name: make(shard, logical, exporter.aliases) for shard in exporter.shards([dict(place)], state=state)
+        }
         for place in chosen
     }
 

@@ -167,7 +167,8 @@ def _one_rule(parts: _Parts, key: Key, blocks: Sequence[Found]) -> None:
     if len(rules) > 1:
         first, second = (parts.checked.where(parts.checked.rules[rule].equation) for rule in rules[:2])
         raise FitError(
-            f"{key[0]} is produced by two rules, {first} and {second}", hint="name two tensors and `tie` them, or `drop` one"
+            f"{key[0]} is produced by two rules, {first} and {second}",
+            hint="name two tensors and `tie` them, or `drop` one",
         )
 
 
@@ -193,9 +194,7 @@ def _same_tensor(parts: _Parts, key: Key, alias: str, tensor: Logical, others: S
             )
 
 
-def _placed(
-    parts: _Parts, key: Key, tensor: Logical, blocks: Sequence[Found]
-) -> tuple[tuple[Piece, ...], str | None]:
+def _placed(parts: _Parts, key: Key, tensor: Logical, blocks: Sequence[Found]) -> tuple[tuple[Piece, ...], str | None]:
     kinds = {part.reduce.kind for _, part in blocks if part.reduce is not None}
     if "any" in kinds:
         blocks = _first_along(parts, blocks)
@@ -234,7 +233,9 @@ def _terms(parts: _Parts, key: Key, blocks: Sequence[Found], found: Sequence[Pie
     terms = []
     for held in by_region.values():
         if len(held) != wanted:
-            raise FitError(f"{key[0]}: a {reduce.kind} over {' '.join(reduce.axes)} needs {wanted} copies, {len(held)} are there")
+            raise FitError(
+                f"{key[0]}: a {reduce.kind} over {' '.join(reduce.axes)} needs {wanted} copies, {len(held)} are there"
+            )
         terms.extend(replace(piece, replica=n) for n, piece in enumerate(held.values()))
     return terms
 

@@ -51,7 +51,9 @@ def choose(
     found = _candidates(checked, names, sizes)
     open_flags = [flag for flag in flat.flags if flag not in fixed]
     if len(open_flags) > _MOST_FLAGS:
-        raise FitError(f"{checked.program.file}: too many flags are not known: {' '.join(open_flags)}", hint=_ask(open_flags))
+        raise FitError(
+            f"{checked.program.file}: too many flags are not known: {' '.join(open_flags)}", hint=_ask(open_flags)
+        )
     fitting = []
     best: tuple[int, dict[str, bool]] | None = None
     for values in itertools.product((False, True), repeat=len(open_flags)):
@@ -89,7 +91,10 @@ def offsets(equation: Equation, sizes: Mapping[str, int]) -> dict[str, int]:
         if capture.offset is not None:
             value = evaluate(capture.offset, sizes.get)
             if value is None or value.denominator != 1:
-                raise FitError(f"{describe(equation.source)}: the offset of {capture.name} is not known", hint="give it with --size")
+                raise FitError(
+                    f"{describe(equation.source)}: the offset of {capture.name} is not known",
+                    hint="give it with --size",
+                )
             found[capture.name] = int(value)
     return found
 
@@ -154,7 +159,9 @@ def _unmatched(found: _Names, name: str, off: Sequence[int], flags: Mapping[str,
     patterns = [ready.equation.source for ready in checked.rules]
     close = nearest(name, patterns)
     near = next((ready.equation for ready in checked.rules if ready.equation.source is close), None)
-    hint = f"nearest: {describe(near.source)}, {checked.where(near)}; or `drop` it" if near else "add a rule, or `drop` it"
+    hint = (
+        f"nearest: {describe(near.source)}, {checked.where(near)}; or `drop` it" if near else "add a rule, or `drop` it"
+    )
     return FitError(f"{name}: no rule of {checked.program.file} matches it", hint=hint)
 
 

@@ -214,9 +214,7 @@ def _flags(
 
 def _tied(checked: Checked, flags: Mapping[str, bool]) -> dict[str, str]:
     """Aliases that hold under `flags`, with the name that holds the data."""
-    return {
-        describe(tie.alias): describe(tie.name) for tie in checked.flat.ties if holds(tie.conditions, flags)
-    }
+    return {describe(tie.alias): describe(tie.name) for tie in checked.flat.ties if holds(tie.conditions, flags)}
 
 
 def _problems(
@@ -247,9 +245,7 @@ def _problems(
                 )
 
 
-def _lengths(
-    checked: Checked, matched: _Matched, logical: Mapping[str, Shape]
-) -> list[Observation]:
+def _lengths(checked: Checked, matched: _Matched, logical: Mapping[str, Shape]) -> list[Observation]:
     """What the shapes of logical tensors say about sizes."""
     found = []
     for name, places in matched.items():
@@ -262,7 +258,9 @@ def _lengths(
                 raise FitError(
                     f"{name} has shape {list(logical[name])}, but {checked.where(ready.equation)} gives it {len(dims)} dims"
                 )
-            found += [Observation(name, d, dim, n, ()) for d, (dim, n) in enumerate(zip(dims, logical[name], strict=True))]
+            found += [
+                Observation(name, d, dim, n, ()) for d, (dim, n) in enumerate(zip(dims, logical[name], strict=True))
+            ]
     return found
 
 
@@ -278,7 +276,10 @@ def _job_lengths(checked: Checked, job: Sequence[Held]) -> list[Observation]:
             layout = rules[i].layout
             if layout is not None and len(layout.dims) == len(shard.shape):
                 at = tuple(sorted(shard.coordinate.items()))
-                found += [Observation(shard.name, d, e, n, at) for d, (e, n) in enumerate(zip(layout.dims, shard.shape, strict=True))]
+                found += [
+                    Observation(shard.name, d, e, n, at)
+                    for d, (e, n) in enumerate(zip(layout.dims, shard.shape, strict=True))
+                ]
     return found
 
 
@@ -287,7 +288,9 @@ def _numbers(matched: _Matched, checked: Checked) -> list[Numbered]:
     seen: dict[str, set[int]] = {}
     for places in matched.values():
         for (rule, _), values in places:
-            wanted = {capture.name for capture in captures(checked.rules[rule].equation.source)} | _numeric(checked.rules[rule])
+            wanted = {capture.name for capture in captures(checked.rules[rule].equation.source)} | _numeric(
+                checked.rules[rule]
+            )
             for name, value in values.items():
                 if isinstance(value, int) and name in wanted and name not in checked.flat.all_axes:
                     seen.setdefault(name, set()).add(value)
@@ -345,4 +348,3 @@ def _stacked(ready: Ready, solver: Solver, found: Sequence[Values]) -> Iterator[
     for values in found:
         for numbers in itertools.product(*(range(solver.value(name) or 0) for name in names)):
             yield {**values, **dict(zip(names, numbers, strict=True))}
-

@@ -10,8 +10,8 @@ from ucp.lang.choose import Match
 from ucp.lang.held import Held
 from ucp.lang.match import captures, describe
 from ucp.lang.solve import Numbered, Observation, axes_of
-from ucp.layout.expr import Layout
 from ucp.layout.branches import axes
+from ucp.layout.expr import Layout
 
 
 def lengths(checked: Checked, matches: Mapping[str, Match], held: Sequence[Held]) -> list[Observation]:
@@ -53,7 +53,8 @@ def numbers(checked: Checked, matches: Mapping[str, Match], held: Sequence[Held]
         ready.equation.number: [
             (capture.name, axes_of(capture.cuts))
             for capture in captures(ready.equation.source)
-            if capture.name in ready.numbers and capture.name not in checked.flat.all_axes
+            if capture.name in ready.numbers
+            and capture.name not in checked.flat.all_axes
             and not any(cut.placed for cut in capture.cuts)
         ]
         for ready in checked.rules

@@ -104,8 +104,13 @@ class Compiler:
             for placed in placed_blocks:
                 own = name or spell(side.name, {**values, **dict(placed.names)})
                 yield Part(
-                    own, ready.equation.number, placed.block, compiled.views[k], form.texts[k] or _plain_texts(shard),
-                    dtypes[k], form.reduce,
+                    own,
+                    ready.equation.number,
+                    placed.block,
+                    compiled.views[k],
+                    form.texts[k] or _plain_texts(shard),
+                    dtypes[k],
+                    form.reduce,
                 )
 
     def wanted(
@@ -129,8 +134,13 @@ class Compiler:
             require(self.solver, names, name)
             try:
                 self._kept[key] = compile_layout(
-                    form.layout, form.targets, setting=self.setting, coordinate=coordinate, fixed=fixed,
-                    captured=ready.named, parts=form.parts,
+                    form.layout,
+                    form.targets,
+                    setting=self.setting,
+                    coordinate=coordinate,
+                    fixed=fixed,
+                    captured=ready.named,
+                    parts=form.parts,
                 )
             except FitError as error:
                 raise FitError(f"{shard}: {error.message}", hint=error.hint) from None
@@ -179,8 +189,12 @@ class Compiler:
             layout, targets, parts = without_dims(layout, targets, state.lacking)
         if each and targets is not None:
             targets = tuple(Layout((*(Dim(axis) for axis in each), *t.dims), t.dtype) for t in targets)
-        texts = tuple(tuple(spell_dim(dim) for dim in t.dims) for t in targets) if targets is not None else ((),) * count
-        return Form(layout, targets, parts, each, reduces[0] if reduces else None, axes(layout) if layout else (), texts)
+        texts = (
+            tuple(tuple(spell_dim(dim) for dim in t.dims) for t in targets) if targets is not None else ((),) * count
+        )
+        return Form(
+            layout, targets, parts, each, reduces[0] if reduces else None, axes(layout) if layout else (), texts
+        )
 
     def _in_place(self, ready: Ready, shard: Held, coordinate: Mapping[str, int]) -> None:
         for place in ready.equation.on:
@@ -191,9 +205,7 @@ class Compiler:
                     hint="remove the `on` if other ranks may hold it too",
                 )
 
-    def _values(
-        self, ready: Ready, match: Match, coordinate: Mapping[str, int], shard: Held
-    ) -> dict[str, int | str]:
+    def _values(self, ready: Ready, match: Match, coordinate: Mapping[str, int], shard: Held) -> dict[str, int | str]:
         """Captured values over the whole model: local numbers become global."""
         values = dict(match.values)
         for capture in captures(ready.equation.source):
@@ -243,8 +255,14 @@ class Compiler:
         try:
             pad = saved_pads(form.layout, shard.shape, setting=self.setting, coordinate=coordinate)
             compiled = compile_layout(
-                form.layout, form.targets, setting=self.setting, coordinate=coordinate, fixed=fixed,
-                captured=ready.named, pad=pad, parts=form.parts,
+                form.layout,
+                form.targets,
+                setting=self.setting,
+                coordinate=coordinate,
+                fixed=fixed,
+                captured=ready.named,
+                pad=pad,
+                parts=form.parts,
             )
         except FitError as error:
             raise FitError(f"{shard} {list(shard.shape)}: {error.message}", hint=error.hint) from None

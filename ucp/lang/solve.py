@@ -78,7 +78,6 @@ class Solver:
             return int(name)
         return self.sizes.get(name, self.mesh.get(name))
 
-
     def coordinate(self, given: Mapping[str, int]) -> dict[str, int]:
         """A coordinate with the indices on the finer axes that axes are factored into."""
         found = dict(given)
@@ -196,13 +195,13 @@ def _uneven(solver: Solver, seen: Sequence[Observation]) -> bool:
             raise FitError(f"{one}: that leaves {local} of {dim.name}, which is no size")
         at = tuple(dict(one.coordinate).get(axis, 0) for axis in axes)
         if lengths.setdefault(at, int(local)) != local:
-            raise FitError(f"{one}, but {lengths[at]} of {dim.name} elsewhere at the same place on {' and '.join(axes)}")
+            raise FitError(
+                f"{one}, but {lengths[at]} of {dim.name} elsewhere at the same place on {' and '.join(axes)}"
+            )
     return record(solver, dim.name, axes, lengths, f"the lengths of {seen[0].name} on each rank")
 
 
-def record(
-    solver: Solver, name: str, axes: tuple[str, ...], lengths: Mapping[tuple[int, ...], int], why: str
-) -> bool:
+def record(solver: Solver, name: str, axes: tuple[str, ...], lengths: Mapping[tuple[int, ...], int], why: str) -> bool:
     """Note that a dim is cut into pieces of `lengths` by coordinate; whether that is news.
 
     Nothing is noted where a coordinate is missing: then shards are missing, and coverage tells.
@@ -276,6 +275,17 @@ def dims_in(expr: Expr) -> list[Dim]:
     return [dim for part in inner for dim in dims_in(part)]
 
 
+def cuts_in(expr: Expr) -> list[Cut]:
+    """Every cut in an expression."""
+    if isinstance(expr, Pad):
+        return []
+    if isinstance(expr, Dim):
+        return list(expr.cuts)
+    inner = (expr.item,) if isinstance(expr, Every) else expr.items if isinstance(expr, Product) else expr.parts
+    own = [] if isinstance(expr, Every) else list(expr.cuts)
+    return own + [cut for part in inner for cut in cuts_in(part)]
+
+
 def names_in(expr: Expr) -> set[str]:
     """Names of the dims in an expression."""
     return {dim.name for dim in dims_in(expr)}
@@ -300,7 +310,7 @@ def _factor(solver: Solver, axis: str, parts: Sequence[str]) -> bool:
         raise FitError(f"axis {axis} has {whole} ranks, which {shown} does not divide")
     if len(unknown) > 1:
         return False
-    found = {**known, **{part: whole // held for part in unknown}}
+    found = {**known, **dict.fromkeys(unknown, whole // held)}
     news = any(part not in solver.mesh for part in parts)
     solver.mesh.update({part: int(n or 1) for part, n in found.items()})
     return news

@@ -35,12 +35,22 @@ def invert(value: Arith, target: Fraction, lookup: Lookup) -> tuple[str, Fractio
     if (left is None) == (right is None):
         return None
     if right is not None:
-        undo = {"+": lambda: target - right, "-": lambda: target + right, "*": lambda: target / right, "/": lambda: target * right}
+        undo = {
+            "+": lambda: target - right,
+            "-": lambda: target + right,
+            "*": lambda: target / right,
+            "/": lambda: target * right,
+        }
         rest = value.left
     else:
         assert left is not None
         known = left
-        undo = {"+": lambda: target - known, "-": lambda: known - target, "*": lambda: target / known, "/": lambda: known / target}
+        undo = {
+            "+": lambda: target - known,
+            "-": lambda: known - target,
+            "*": lambda: target / known,
+            "/": lambda: known / target,
+        }
         rest = value.right
     if value.op not in undo:
         return None

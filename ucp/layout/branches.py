@@ -42,8 +42,7 @@ class Branch:
         return frozenset(dim.name for group in self.dims for dim in group if any(cut.placed for cut in dim.cuts))
 
 
-@lru_cache(maxsize=4096)
-def branches(layout: Layout) -> tuple[Branch, ...]:
+def branches_in(layout: Layout) -> tuple[Branch, ...]:
     """Branches of `layout` in order, row-major over its concatenations, without those through ``_``."""
     found = []
     for choice in itertools.product(*(list(paths(dim)) for dim in layout.dims)):
@@ -51,6 +50,10 @@ def branches(layout: Layout) -> tuple[Branch, ...]:
         if len(way) == len(choice):
             found.append(Branch(tuple(path.dims for path in way), tuple(cut for path in way for cut in path.cuts)))
     return tuple(found)
+
+
+branches = lru_cache(maxsize=4096)(branches_in)
+"""`branches_in`, kept. Its nodes may be those of an equal layout elsewhere, so that `at` is not to be trusted."""
 
 
 def paths(expr: Expr) -> Iterator[Path | None]:
@@ -81,19 +84,20 @@ def _joined(choice: Sequence[Path | None], cuts: tuple[Cut, ...]) -> Path | None
 @lru_cache(maxsize=4096)
 def axes(layout: Layout) -> tuple[str, ...]:
     """Every axis that cuts some part of `layout`, padding included, each once."""
-    return tuple(dict.fromkeys(cut.axis for dim in layout.dims for cut in _all_cuts(dim)))
+    return tuple(dict.fromkeys(cut.axis for dim in layout.dims for cut in all_cuts(dim)))
 
 
-def _all_cuts(expr: Expr) -> Iterator[Cut]:
+def all_cuts(expr: Expr) -> Iterator[Cut]:
+    """Every cut in `expr`, outer before inner."""
     match expr:
         case Dim(cuts=cuts):
             yield from cuts
         case Product(items=inner, cuts=cuts) | Concat(parts=inner, cuts=cuts):
             yield from cuts
             for item in inner:
-                yield from _all_cuts(item)
+                yield from all_cuts(item)
         case Every(item=item):
-            yield from _all_cuts(item)
+            yield from all_cuts(item)
         case Pad():
             return
 
