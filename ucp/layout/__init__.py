@@ -6,6 +6,7 @@ from ucp.layout.compile import Compiled, Placed, compile_layout, globalize, loca
 from ucp.layout.dtypes import itemsize
 from ucp.layout.invalid import LayoutError
 from ucp.layout.mesh import Mesh
+from ucp.layout.pack import Packed, compile_pack
 from ucp.layout.pads import saved_pads
 from ucp.layout.region import Box, FlatRange, Region, Shape, as_flat, boxes, numel, ravel, row_major_strides
 from ucp.layout.setting import Setting
@@ -20,6 +21,7 @@ __all__ = [
     "FlatRange",
     "LayoutError",
     "Mesh",
+    "Packed",
     "Placed",
     "Region",
     "Setting",
@@ -31,6 +33,7 @@ __all__ = [
     "clip",
     "coarsen",
     "compile_layout",
+    "compile_pack",
     "default_targets",
     "globalize",
     "in_view",
