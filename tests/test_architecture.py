@@ -20,6 +20,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"plan"}),
     frozenset({"tree"}),
     frozenset({"store", "container", "format", "catalog", "converter", "zarr"}),
+    frozenset({"mapping"}),
     frozenset({"run"}),
     frozenset({"lazy", "checkpoint"}),
     frozenset({"train"}),

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from ucp.catalog import Catalog, Kind, ParamGroup
-from ucp.converter import read_catalog
 from ucp.errors import NotFoundError
 from ucp.layout import Mesh, Shape
 from ucp.lazy import LazyTensor, lazy_tree, of_scalar, of_state, read_tree
+from ucp.mapping import ProgramLike, read_source
 from ucp.store import Store
 from ucp.tree import Tree
 
@@ -27,17 +27,30 @@ V = TypeVar("V")
 D = TypeVar("D")
 
 
-def open_checkpoint(url: str | os.PathLike[str], *, family: str | None = None, **options: Any) -> Checkpoint:
+def open_checkpoint(
+    url: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    program: ProgramLike | None = None,
+    sizes: Mapping[str, int] | None = None,
+    flags: Mapping[str, bool] | None = None,
+    **options: Any,
+) -> Checkpoint:
     """Open the checkpoint at `url`, whatever framework wrote it; this is `ucp.open`.
 
-    Reads metadata only. `family` skips detection; `options` go to the family's reader.
+    Reads metadata only. `family` skips detection; `options` go to the family's reader. A conversion `program` (a
+    program, the path of a file, or the name of a program that comes with ucp) puts the tensors together and names them;
+    `sizes` and `flags` are the program's, where the checkpoint does not tell.
 
     >>> ckpt = ucp.open("runs/7/global_step1000")                       # doctest: +SKIP
     >>> ckpt["transformer.h.0.attn.weight"]["exp_avg"][:16, ::2]        # doctest: +SKIP
+    >>> ucp.open("hf-checkpoint", program="hf-llama")["layers.0.attn.q.weight"]  # doctest: +SKIP
 
-    Raises NotFoundError where there is no checkpoint, and what the family's reader raises for a damaged one.
+    Raises NotFoundError where there is no checkpoint, what the family's reader raises for a damaged one, and
+    ProgramError or FitError for a program that is wrong or does not fit.
     """
-    return Checkpoint(*read_catalog(os.fspath(url), family=family, **options))
+    catalog, store = read_source(os.fspath(url), family=family, program=program, sizes=sizes, flags=flags, **options)
+    return Checkpoint(catalog, store)
 
 
 class _Lookup(Mapping[str, V]):

@@ -5,14 +5,16 @@ A converter recognises a folder, reads it into a `Catalog`, and may lay a catalo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ucp.catalog import Catalog
 from ucp.errors import NotFoundError, UsageError
+from ucp.layout import Mesh
 from ucp.plan import Digests, Task
 from ucp.store import Store, open_store
 
@@ -50,6 +52,29 @@ class Converter(Protocol):
 
     def target(self, catalog: Catalog, store: Store, **options: Any) -> Target:
         """Lay `catalog`, which lies in `store`, out as a checkpoint of this family; UsageError if it cannot write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """A checkpoint as the coordinates of a mesh hold it, before a conversion program puts its tensors together.
+
+    `parts` are (coordinate, catalog of what is held there), all of one store; axes left out of a coordinate are not
+    distinguished. `config` gives sizes of the model as the source records them; `cuts` and `placements` are recorded
+    boundaries and placements, as in `ucp.layout.compile.Setting`.
+    """
+
+    parts: Sequence[tuple[Mapping[str, int], Catalog]]
+    mesh: Mesh
+    config: Mapping[str, int] = field(default_factory=dict)
+    cuts: Mapping[tuple[str, tuple[str, ...]], tuple[int, ...]] = field(default_factory=dict)
+    placements: Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+
+
+class ShardReader(Protocol):
+    """What a converter has besides if its family keeps tensors that only a program can put together."""
+
+    def sharded(self, store: Store, **options: Any) -> Sharded:
+        """The checkpoint by mesh coordinates. Reads metadata only; raises what `Converter.read` raises."""
 
 
 @cache
@@ -92,9 +117,26 @@ def read_catalog(url: str, *, family: str | None = None, **options: Any) -> tupl
 
     NotFoundError if nothing is there or no converter knows it. A converter that cannot be imported is passed over.
     """
+    found, store = find_converter(url, family=family)
+    return found.read(store, **options), store
+
+
+def read_sharded(url: str, *, family: str | None = None, **options: Any) -> tuple[Sharded, Store]:
+    """Like `read_catalog`, but by mesh coordinates, as a conversion program wants it.
+
+    A family that puts its tensors together by itself gives one part, on a mesh without axes.
+    """
+    found, store = find_converter(url, family=family)
+    if hasattr(found, "sharded"):
+        return cast("ShardReader", found).sharded(store, **options), store
+    return Sharded([({}, found.read(store, **options))], Mesh({})), store
+
+
+def find_converter(url: str, *, family: str | None = None) -> tuple[Converter, Store]:
+    """The converter of `family`, or the first that recognises what is at `url`, and the store of `url`."""
     store = open_store(url)
     if family is not None:
-        return converter(family).read(store, **options), store
+        return converter(family), store
     broken = []
     for name in families():
         try:
@@ -103,7 +145,7 @@ def read_catalog(url: str, *, family: str | None = None, **options: Any) -> tupl
             broken.append(error.message)
             continue
         if candidate.detect(store):
-            return candidate.read(store, **options), store
+            return candidate, store
     if not store.children():
         raise NotFoundError(f"{store.url}: no such folder, or it is empty")
     hint = f"known: {' '.join(families())}; an interrupted conversion is none until it is finished"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
-from ucp.catalog import Catalog, ParamGroup, Source
+from ucp.catalog import Catalog, ParamGroup, ProgramRecord, Source
 from ucp.errors import CorruptError, UsageError
 from ucp.format import parse
 from ucp.format.documents import Json, canonical
@@ -22,7 +22,8 @@ from ucp.plan import BLOCK_BYTES
 
 FAMILY = "universal"
 _MEMBERS = frozenset(
-    "format version id created_by step block_bytes source tensors ties param_groups notes state files crc32c".split()
+    "format version id created_by step block_bytes source tensors ties program param_groups notes state files "
+    "crc32c".split()
 )
 
 
@@ -52,6 +53,7 @@ class Manifest:
     detail: Mapping[str, Any]
     ties: Mapping[str, str]
     notes: tuple[str, ...]
+    program: ProgramRecord | None = None
 
     @property
     def source(self) -> Source:
@@ -95,7 +97,19 @@ def read_manifest(raw: Json, *, where: str) -> Manifest:
     step = None if raw.get("step") is None else parse.natural(raw, "step", where)
     notes = tuple(parse.items(raw, "notes", str, where))
     detail = _INERT.decode(parse.member(source, "detail", dict, where), where=where)
-    return Manifest(raw, records, files, step, block_bytes, _mesh(source, where), detail, ties, notes)
+    program = _read_program(raw["program"], where) if "program" in raw else None
+    return Manifest(raw, records, files, step, block_bytes, _mesh(source, where), detail, ties, notes, program)
+
+
+def _read_program(doc: object, where: str) -> ProgramRecord:
+    record = parse.member({"program": doc}, "program", dict, where)
+    where = f"{where}: program"
+    return ProgramRecord(
+        parse.member(record, "ast", dict, where),
+        _mesh(record, where),
+        {name: parse.natural({name: size}, name, where) for name, size in parse.members(record, "sizes", int, where)},
+        dict(parse.members(record, "flags", bool, where)),
+    )
 
 
 def _no_tensor(_: object) -> bytes:
@@ -135,6 +149,7 @@ def make_manifest(
         "source": kept.source if kept.source is not None else _source(catalog.source),
         "tensors": [_tensor(record) for record in records],
         "ties": dict(catalog.ties),
+        **({} if catalog.program is None else {"program": _program(catalog.program)}),
         "param_groups": groups,
         "notes": list(catalog.notes),
         "state": list(catalog.state),
@@ -156,6 +171,11 @@ def encode_groups(catalog: Catalog, encoder: Encoder) -> list[Json]:
         {"params": list(group.params), "options": encoder.encode(dict(group.options), where="param_groups")}
         for group in catalog.param_groups
     ]
+
+
+def _program(record: ProgramRecord) -> Json:
+    mesh = [[name, size] for name, size in record.mesh.axes]
+    return {"ast": dict(record.ast), "mesh": mesh, "sizes": dict(record.sizes), "flags": dict(record.flags)}
 
 
 def _source(source: Source) -> Json:

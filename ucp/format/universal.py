@@ -58,6 +58,7 @@ class UniversalConverter:
             fragments=fragments,
             step=manifest.step,
             ties=manifest.ties,
+            program=manifest.program,
             param_groups=manifest.param_groups(decoder, where=where),
             state={name: decoder.decode(value, where=name) for name, value in state.items()},
             checksums=Checksums(store, manifest),

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ucp.catalog import Catalog
-from ucp.converter import Target, converter, read_catalog
+from ucp.converter import Target, converter
 from ucp.errors import InterruptedRunError
+from ucp.mapping import ProgramLike, read_source
 from ucp.plan import Plan
 from ucp.run import journal as journals
 from ucp.run.destination import RECORD, State, Wanted, check_whole, clear, examine, lost, refuse_overlap
@@ -72,16 +73,22 @@ def prepare(
     family: str | None = None,
     check: bool = True,
     restart: bool = False,
+    program: ProgramLike | None = None,
+    sizes: Mapping[str, int] | None = None,
+    flags: Mapping[str, bool] | None = None,
     read_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Conversion:
     """Read the source's metadata and plan its conversion to family `to`, without writing anything.
 
-    `check` compares replicas and low-precision copies with the tensors; `restart` throws away what an earlier,
-    different run left unfinished. `read_options` go to the source's converter, `options` to the target's. Raises what
-    reading raises; UsageError if the destination is the source or holds something else.
+    A conversion `program` puts the source's tensors together and names them, as in `ucp.open`; `sizes` and `flags` are
+    the program's. `check` compares replicas and low-precision copies with the tensors; `restart` throws away what an
+    earlier, different run left unfinished. `read_options` go to the source's converter, `options` to the target's.
+    Raises what reading raises; UsageError if the destination is the source or holds something else.
     """
-    catalog, source_store = read_catalog(source, family=family, **(read_options or {}))
+    catalog, source_store = read_source(
+        source, family=family, program=program, sizes=sizes, flags=flags, **(read_options or {})
+    )
     destination_store = open_store(destination)
     refuse_overlap(source_store, destination_store)
     if not check:
@@ -105,8 +112,8 @@ def convert(
 ) -> Report:
     """Convert the checkpoint at `source` and write the result to `destination`; resumes what was cut short.
 
-    `options` are those of `prepare` (``to``, ``family``, ``check``, …), the others those of `carry_out`; it raises what
-    these two raise.
+    `options` are those of `prepare` (``to``, ``family``, ``program``, ``check``, …), the others those of `carry_out`;
+    it raises what these two raise.
     """
     conversion = prepare(source, destination, **options)
     return carry_out(conversion, workers=workers, processes=processes, on_progress=on_progress)
@@ -246,6 +253,7 @@ def _fingerprint(catalog: Catalog, plan: Plan, to: str, **options: Any) -> str:
         "objects": sorted((path, *info) for path, info in catalog.objects.items()),
         "tasks": sorted((task.object, task.size, task.nbytes) for task in plan.tasks),
         "checked": sorted(catalog.witnesses),
+        "program": repr(catalog.program),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

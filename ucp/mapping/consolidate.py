@@ -1,0 +1,241 @@
+"""Consolidation: catalogs of mesh coordinates, seen through a conversion program, as one catalog of logical tensors.
+
+Nothing is read: the fragments of the parts are composed with the blocks that the program gives, and from then on the
+catalog is like any other. It can be opened, loaded and converted, and its replicas are compared as it is read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
+
+from ucp.catalog import Catalog, ProgramRecord, Scalar, Tensor
+from ucp.errors import ConflictError, FitError, UsageError
+from ucp.lang import Program
+from ucp.lang.bind import Bound, Held, Piece, bind
+from ucp.lang.json import to_json
+from ucp.layout import Mesh
+from ucp.mapping import around
+from ucp.mapping.around import Part, told
+from ucp.plan import Fragment, Key, Reduction, TensorSpec
+from ucp.plan.compose import compose
+from ucp.plan.views import spelled_out
+
+_FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+"""What can be cast into each other as it is read."""
+
+
+def consolidate(
+    parts: Sequence[Part],
+    program: Program,
+    *,
+    mesh: Mesh,
+    sizes: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
+    flags: Mapping[str, bool] | None = None,
+    cuts: Mapping[tuple[str, tuple[str, ...]], tuple[int, ...]] | None = None,
+    placements: Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]] | None = None,
+) -> Catalog:
+    """One catalog of the logical tensors of `program` from `parts`: (coordinate on `mesh`, what is held there).
+
+    All parts lie in one store. A part may itself be whole or be held in ZeRO's flat ranges; axes that its coordinate
+    leaves out are not distinguished. One part on a mesh without axes is a checkpoint whose tensors are renamed, split
+    or put in another order. `sizes`, `config`, `flags`, `cuts` and `placements` are those of `ucp.lang.bind.bind`.
+
+    Optimizer states follow their tensors, as do low-precision copies, numbers per parameter and param groups. Copies on
+    several coordinates are replicas, compared when they are read. What the coordinates' training states say alike is
+    kept once, all else under ``name@axis=index,...``.
+
+    ProgramError and FitError as `bind` raises them; FitError for a cast that is none; ConflictError where coordinates
+    contradict each other in steps, numbers per parameter, kinds or hyper-parameters.
+    """
+    if not parts:
+        raise UsageError("nothing to consolidate")
+    shards = _Shards(parts)
+    bound = bind(
+        program,
+        shards.held,
+        mesh=mesh,
+        sizes=sizes,
+        config=config,
+        flags=flags,
+        cuts=cuts,
+        placements=placements,
+    )
+    made = _Consolidation(parts, shards, bound)
+    first = parts[0][1]
+    return replace(
+        first,
+        source=replace(first.source, mesh=mesh) if mesh.axes else first.source,
+        tensors=made.tensors(),
+        fragments={key: made.fragments(key) for key in made.keys},
+        views={key: bound.tensors[key].view for key in made.keys},
+        reductions={Key(*key): cast("Reduction", kind) for key, kind in bound.reduces.items()},
+        witnesses=made.witnesses(),
+        ties=dict(bound.ties),
+        program=ProgramRecord(to_json(program), mesh, dict(bound.sizes), dict(bound.flags)),
+        step=around.step(parts),
+        param_groups=around.param_groups(parts, made.targets),
+        state=around.state(parts, mesh),
+        checksums=around.checksums(parts),
+        objects=around.objects(parts),
+        notes=(*around.notes(parts), *made.notes()),
+        options=around.options(parts),
+    )
+
+
+@dataclass(slots=True)
+class _Shards:
+    """All states of all tensors of all parts, as the language sees them; ``origin[i]`` is where ``held[i]`` is from."""
+
+    held: list[Held]
+    origin: list[tuple[int, Key]]
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.held, self.origin = [], []
+        for number, (coordinate, catalog) in enumerate(parts):
+            for name, tensor in catalog.tensors.items():
+                for state, spec in tensor.states.items():
+                    self.held.append(Held(name, spec.shape, spec.dtype, coordinate, state))
+                    self.origin.append((number, Key(name, state)))
+
+
+@dataclass
+class _Consolidation:
+    """A program bound to the parts."""
+
+    parts: Sequence[Part]
+    shards: _Shards
+    bound: Bound
+
+    @cached_property
+    def keys(self) -> list[Key]:
+        """Every state of every logical tensor."""
+        return [Key(*key) for key in self.bound.tensors]
+
+    @cached_property
+    def sources(self) -> dict[str, list[tuple[int, str]]]:
+        """For each logical tensor, the (part, tensor) that hold something of it, in order."""
+        found: dict[str, dict[tuple[int, str], None]] = {}
+        for key in self.keys:
+            origins = (self.shards.origin[piece.held] for piece in self.bound.pieces[key])
+            found.setdefault(key.name, {}).update({(number, held.name): None for number, held in origins})
+        return {name: list(origins) for name, origins in found.items()}
+
+    @cached_property
+    def targets(self) -> dict[tuple[int, str], list[str]]:
+        """For each tensor of each part, the logical tensors that it holds something of."""
+        found: dict[tuple[int, str], list[str]] = defaultdict(list)
+        for name, origins in self.sources.items():
+            for origin in origins:
+                found[origin].append(name)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The logical tensors, in the order in which the program found them."""
+        states: dict[str, dict[str, TensorSpec]] = {}
+        for key in self.keys:
+            logical = self.bound.tensors[key]
+            states.setdefault(key.name, {})[key.state] = TensorSpec(logical.shape, logical.dtype)
+        return {name: self._tensor(name, held) for name, held in states.items()}
+
+    def _tensor(self, name: str, states: Mapping[str, TensorSpec]) -> Tensor:
+        first = self.bound.tensors.get((name, "value")) or self.bound.tensors[name, next(iter(states))]
+        held = [(self._where(origin), self._source(origin)) for origin in self.sources[name]]
+        kinds = {tensor.kind for _, tensor in held}
+        if len(kinds) > 1:
+            raise ConflictError(f"{name}: is made of tensors of different kinds: {' and '.join(sorted(kinds))}")
+        undecided = next((tensor.undecided for _, tensor in held if tensor.undecided is not None), None)
+        return Tensor(name, kinds.pop(), states, _scalars(name, held), first.dims, undecided)
+
+    def _source(self, origin: tuple[int, str]) -> Tensor:
+        return self.parts[origin[0]][1].tensors[origin[1]]
+
+    def _where(self, origin: tuple[int, str]) -> str:
+        return f"{origin[1]}{told(self.parts[origin[0]][0])}"
+
+    def fragments(self, key: Key) -> tuple[Fragment, ...]:
+        """Where the elements of one state lie."""
+        spec, found = self.bound.tensors[key], []
+        for piece in self.bound.pieces[key]:
+            number, source = self.shards.origin[piece.held]
+            _check_cast(key, self.shards.held[piece.held].dtype, spec.dtype)
+            held = self.parts[number][1].fragments[source]
+            found += list(self._composed(piece, held, reduced=key in self.bound.reduces))
+        return tuple(found)
+
+    def witnesses(self) -> dict[str, tuple[TensorSpec, tuple[Fragment, ...]]]:
+        """Low-precision copies of the values whose shards all have one, in one dtype."""
+        found = {}
+        for key in self.keys:
+            if key.state == "value" and key not in self.bound.reduces:
+                witness = self._witness(key)
+                if witness is not None:
+                    found[key.name] = witness
+        return found
+
+    def _witness(self, key: Key) -> tuple[TensorSpec, tuple[Fragment, ...]] | None:
+        fragments, dtypes = [], set()
+        for piece in self.bound.pieces[key]:
+            number, source = self.shards.origin[piece.held]
+            catalog = self.parts[number][1]
+            exact = catalog.tensors[source.name].states["value"].dtype == self.bound.tensors[key].dtype
+            if piece.replica:
+                continue
+            if source.name not in catalog.witnesses or not exact:
+                return None
+            spec, held = catalog.witnesses[source.name]
+            dtypes.add(spec.dtype)
+            fragments += list(self._composed(piece, held))
+        if len(dtypes) != 1:
+            return None
+        return TensorSpec(self.bound.tensors[key].shape, dtypes.pop()), tuple(fragments)
+
+    def _composed(self, piece: Piece, fragments: Sequence[Fragment], *, reduced: bool = False) -> Iterator[Fragment]:
+        """`fragments` of a shard inside a piece of it; replicas of a replica get numbers of their own."""
+        number, source = self.shards.origin[piece.held]
+        catalog, shape = self.parts[number][1], self.shards.held[piece.held].shape
+        if catalog.reductions.get(source) is not None:
+            raise FitError(f"{source}: is a {catalog.reductions[source]} already", hint="convert the source first")
+        numbers = 1 + max((fragment.replica for fragment in fragments), default=0)
+        view = catalog.views.get(source)
+        for fragment in fragments:
+            if reduced:
+                numbered = replace(fragment, term=piece.replica)
+            else:
+                numbered = replace(fragment, replica=piece.replica * numbers + fragment.replica)
+            for plain in [numbered] if view is None else spelled_out(numbered, view):
+                yield from compose(plain, piece.block, shape)
+
+    def notes(self) -> Iterator[str]:
+        """What the program left out."""
+        gone = sorted({self.shards.held[number].name for number in self.bound.dropped})
+        if gone:
+            more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+            yield f"the program drops {len(gone)} tensors: {' '.join(gone[:3])}{more}"
+
+
+def _check_cast(key: Key, source: str, target: str) -> None:
+    if source != target and not {source, target} <= _FLOATS:
+        raise FitError(f"{key}: held in {source}, which is not cast to {target}", hint="write its own dtype")
+
+
+def _scalars(name: str, held: Sequence[tuple[str, Tensor]]) -> dict[str, Scalar]:
+    """The numbers that all tensors `held`, with where they lie, keep alike; ConflictError where they do not."""
+    where, first = held[0]
+    for other, tensor in held[1:]:
+        for key in sorted({*first.scalars, *tensor.scalars}):
+            one, two = first.scalars.get(key), tensor.scalars.get(key)
+            if repr(one) != repr(two):
+                raise ConflictError(
+                    f"{name}: {key} is {_shown(one)} in {where} but {_shown(two)} in {other}",
+                    hint="the ranks saved different steps, or files of two saves are mixed",
+                )
+    return dict(first.scalars)
+
+
+def _shown(scalar: Scalar | None) -> str:
+    return "not there" if scalar is None else f"{scalar.value} ({scalar.dtype})"
