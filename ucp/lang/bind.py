@@ -17,6 +17,7 @@ from ucp.lang.coverage import Piece, place
 from ucp.lang.held import Held
 from ucp.lang.observe import lengths, numbers
 from ucp.lang.shards import Compiler, Part
+from ucp.lang.siblings import check_siblings
 from ucp.lang.solve import Cuts, Solver, solve
 from ucp.layout import Box, Mesh, Shape
 from ucp.layout.block import View
@@ -111,6 +112,11 @@ def bind(
         uses[match.rule] = uses.get(match.rule, 0) + 1
         for part in compiler.compile(shard, match):
             found.setdefault((part.name, shard.state), []).append((number, part))
+    produced: dict[int, list[str]] = {}
+    for (name, state), parts in found.items():
+        if state == "value":
+            produced.setdefault(parts[0][1].rule, []).append(name)
+    check_siblings(checked, compiler.flags, produced)
     return _assembled(_Parts(checked, held, solver, setting, chosen), found, tuple(dropped), uses)
 
 
@@ -200,7 +206,7 @@ def _placed(parts: _Parts, key: Key, tensor: Logical, blocks: Sequence[Found]) -
         blocks = _first_along(parts, blocks)
     found, hole = place(((number, part.block) for number, part in blocks), tensor.view.shape)
     if hole is not None:
-        raise _missing(parts, key, tensor, hole)
+        raise _missing(key, tensor, hole)
     reducing = sorted(kinds - {"any"})
     if not reducing:
         return tuple(found), None
@@ -230,7 +236,7 @@ def _terms(parts: _Parts, key: Key, blocks: Sequence[Found], found: Sequence[Pie
     for piece in found:
         at = tuple(parts.held[piece.held].coordinate.get(axis, 0) for axis in reduce.axes)
         by_region.setdefault(piece.block.box, {}).setdefault(at, piece)
-    terms = []
+    terms: list[Piece] = []
     for held in by_region.values():
         if len(held) != wanted:
             raise FitError(
@@ -240,7 +246,7 @@ def _terms(parts: _Parts, key: Key, blocks: Sequence[Found], found: Sequence[Pie
     return terms
 
 
-def _missing(parts: _Parts, key: Key, tensor: Logical, hole: Box) -> FitError:
+def _missing(key: Key, tensor: Logical, hole: Box) -> FitError:
     state = "" if key[1] == "value" else f"[{key[1]}]"
     factors = [n for group in tensor.view.factors for n in group]
     where = ", ".join(f"{a}..{b} of {n}" for a, b, n in zip(hole.start, hole.stop, factors, strict=True))

@@ -1,9 +1,9 @@
-"""That the pieces of one logical tensor hold every element: which copy is read, which are replicas, and what is missing."""
+"""That the pieces of a logical tensor hold every element: which copy is read, which are replicas, what is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ucp.layout import Box, Shape
 from ucp.layout.block import Block
@@ -63,22 +63,19 @@ def _split(copies: dict[Box, list[tuple[int, Block]]], shape: Shape) -> tuple[li
                 common = box.intersect(other)
                 if common is None:
                     continue
-                pieces.append(Piece(held, part_of(block, common), count))
+                pieces.append(Piece(held, _inside(block, common), count))
                 primary[number] = (other, count + 1)
                 rest = [piece for left in rest for piece in _without(left, common)]
             for left in rest:
-                pieces.append(Piece(held, part_of(block, left)))
+                pieces.append(Piece(held, _inside(block, left)))
                 primary.append((left, 1))
     return pieces, _hole(Box.whole(shape), [box for box, _ in primary])
 
 
-def part_of(block: Block, box: Box) -> Block:
-    """The part of a block inside `box`, which lies in the block's box."""
-    start = list(block.start)
-    for a, b, (dim, stride) in zip(block.box.start, box.start, block.steps, strict=True):
-        if dim >= 0:
-            start[dim] += (b - a) * stride
-    return replace(block, box=box, start=tuple(start))
+def _inside(block: Block, box: Box) -> Block:
+    found = block.within(box)
+    assert found is not None, "a box outside its block"
+    return found
 
 
 def _hole(whole: Box, boxes: Sequence[Box]) -> Box | None:

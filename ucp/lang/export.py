@@ -19,7 +19,7 @@ from ucp.lang.solve import Cuts, Numbered, Observation, Solver, require, solve
 from ucp.lang.sums import evaluate
 from ucp.layout import Mesh, Shape
 from ucp.layout.block import Block, View
-from ucp.layout.expr import Cut, Dim
+from ucp.layout.expr import Cut, Dim, Expr
 from ucp.layout.setting import Setting
 
 Values = dict[str, int | str]
@@ -141,7 +141,9 @@ def export(
 ) -> Exporter:
     """Make ready to cut the tensors `logical` (names and shapes) as `program` says at `mesh`.
 
-    `ties` are aliases that the source has for some of `logical`, by name. `job` are shards that exist already, of one rank or more: their shapes help to find sizes. The rest as in `bind`.
+    `ties` are aliases that the source has for some of `logical`, by name. `job` are shards that exist already, of one
+    rank or more: their shapes help to find sizes. The rest as in `bind`.
+
     FitError for a logical tensor that no rule takes, and for a rule whose logical tensor is missing.
     """
     checked = check(program)
@@ -255,12 +257,9 @@ def _lengths(checked: Checked, matched: _Matched, logical: Mapping[str, Shape]) 
                 continue
             dims = ready.targets[k].dims
             if len(dims) != len(logical[name]):
-                raise FitError(
-                    f"{name} has shape {list(logical[name])}, but {checked.where(ready.equation)} gives it {len(dims)} dims"
-                )
-            found += [
-                Observation(name, d, dim, n, ()) for d, (dim, n) in enumerate(zip(dims, logical[name], strict=True))
-            ]
+                where = checked.where(ready.equation)
+                raise FitError(f"{name} has shape {list(logical[name])}, but {where} gives it {len(dims)} dims")
+            found += _each_dim(name, dims, logical[name], ())
     return found
 
 
@@ -275,12 +274,14 @@ def _job_lengths(checked: Checked, job: Sequence[Held]) -> list[Observation]:
         for i, _ in index.find(shard.name):
             layout = rules[i].layout
             if layout is not None and len(layout.dims) == len(shard.shape):
-                at = tuple(sorted(shard.coordinate.items()))
-                found += [
-                    Observation(shard.name, d, e, n, at)
-                    for d, (e, n) in enumerate(zip(layout.dims, shard.shape, strict=True))
-                ]
+                found += _each_dim(shard.name, layout.dims, shard.shape, tuple(sorted(shard.coordinate.items())))
     return found
+
+
+def _each_dim(
+    name: str, dims: Sequence[Expr], shape: Shape, coordinate: tuple[tuple[str, int], ...]
+) -> list[Observation]:
+    return [Observation(name, d, dim, n, coordinate) for d, (dim, n) in enumerate(zip(dims, shape, strict=True))]
 
 
 def _numbers(matched: _Matched, checked: Checked) -> list[Numbered]:
@@ -288,9 +289,8 @@ def _numbers(matched: _Matched, checked: Checked) -> list[Numbered]:
     seen: dict[str, set[int]] = {}
     for places in matched.values():
         for (rule, _), values in places:
-            wanted = {capture.name for capture in captures(checked.rules[rule].equation.source)} | _numeric(
-                checked.rules[rule]
-            )
+            ready = checked.rules[rule]
+            wanted = {capture.name for capture in captures(ready.equation.source)} | _numeric(ready)
             for name, value in values.items():
                 if isinstance(value, int) and name in wanted and name not in checked.flat.all_axes:
                     seen.setdefault(name, set()).add(value)
@@ -310,9 +310,9 @@ def _tensors(
         equation = ready.equation
         if not equation.exports or not holds(equation.conditions, flags):
             continue
-        values = _values(checked, ready, by_place, matched, tied)
-        if values:
-            yield ready, tuple(_stacked(ready, solver, values))
+        tensors = _values(checked, ready, by_place, matched, tied)
+        if tensors:
+            yield ready, tuple(_stacked(ready, solver, tensors))
 
 
 def _values(

@@ -33,6 +33,7 @@ from ucp.lang.ast import (
 from ucp.layout.expr import Layout, Span
 
 _Kind = TypeVar("_Kind")
+_NO_NAME = Pattern(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Equation:
     optional: bool
     lossy: bool
     at: Span | None = field(compare=False)
+    choice: tuple[int, ...] | None = None
+    """Where the rule is optional for the sake of a block around it: that block. Its rules find something together."""
 
     @property
     def imports(self) -> bool:
@@ -93,19 +96,24 @@ class Flat:
 class _Around:
     """What the blocks around a statement add to it."""
 
-    source: Pattern = Pattern(())
-    target: Pattern = Pattern(())
+    source: Pattern = _NO_NAME
+    target: Pattern = _NO_NAME
     on: tuple[On, ...] = ()
     conditions: tuple[Condition, ...] = ()
     optional: bool = False
+    path: tuple[int, ...] = ()
+    choice: tuple[int, ...] | None = None
 
-    def inside(self, block: In) -> _Around:
+    def inside(self, block: In, number: int) -> _Around:
+        path = (*self.path, number)
         return _Around(
             join(self.source, block.source),
             join(self.target, block.target),
             (*self.on, *block.on),
             (*self.conditions, *block.conditions),
             self.optional or block.optional,
+            path,
+            path if block.optional else self.choice,
         )
 
 
@@ -154,9 +162,9 @@ def _all(kind: type[_Kind], statements: list[Statement]) -> tuple[_Kind, ...]:
 
 
 def _walk(statements: tuple[Statement, ...], around: _Around) -> Iterator[tuple[Statement, _Around]]:
-    for statement in statements:
+    for number, statement in enumerate(statements):
         if isinstance(statement, In):
-            yield from _walk(statement.body, around.inside(statement))
+            yield from _walk(statement.body, around.inside(statement, number))
         else:
             yield statement, around
 
@@ -174,4 +182,5 @@ def _equation(number: int, rule: Rule, around: _Around) -> Equation:
         rule.optional or around.optional,
         rule.lossy,
         rule.at,
+        None if rule.optional else around.choice,
     )

@@ -22,7 +22,7 @@ _DIGITS = re.compile("[0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Matcher:
-    """A compiled pattern. `numbers` are the captures that stand for numbers, `offsets` what is added to them in names."""
+    """A compiled pattern. `numbers` are the captures that are numbers, `offsets` what is added to them in names."""
 
     pattern: Pattern
     numbers: frozenset[str]
@@ -32,7 +32,7 @@ class Matcher:
 
     @classmethod
     def of(cls, pattern: Pattern, numbers: Collection[str] = (), offsets: Mapping[str, int] | None = None) -> Matcher:
-        """Compile `pattern`. A capture beside other text in its component is a number even if it is not in `numbers`."""
+        """Compile `pattern`. A capture beside other text in its component is a number, in `numbers` or not."""
         found = frozenset(numbers) | in_part_of_component(pattern)
         whole, bare = _regex(pattern, found), _regex(pattern, found, bare=True)
         return cls(pattern, found, offsets or {}, re.compile(whole, re.DOTALL), re.compile(bare, re.DOTALL))

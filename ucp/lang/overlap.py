@@ -24,10 +24,7 @@ def _may(a: list[_Token], b: list[_Token]) -> bool:
     left, right = _components(a), _components(b)
     if len(left) != len(right):
         return False
-    for x, y in zip(left, right, strict=True):
-        if all(kind == "text" for kind, _ in (*x, *y)) and x != y:
-            return False
-    return True
+    return all(x == y or any(kind != "text" for kind, _ in (*x, *y)) for x, y in zip(left, right, strict=True))
 
 
 def _components(tokens: list[_Token]) -> list[list[_Token]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ucp.errors import FitError
-from ucp.lang.ast import Reduce, State
+from ucp.lang.ast import Pattern, Reduce, State
 from ucp.lang.check import Checked, Ready
 from ucp.lang.choose import Match
 from ucp.lang.held import Held
@@ -189,12 +189,9 @@ class Compiler:
             layout, targets, parts = without_dims(layout, targets, state.lacking)
         if each and targets is not None:
             targets = tuple(Layout((*(Dim(axis) for axis in each), *t.dims), t.dtype) for t in targets)
-        texts = (
-            tuple(tuple(spell_dim(dim) for dim in t.dims) for t in targets) if targets is not None else ((),) * count
-        )
-        return Form(
-            layout, targets, parts, each, reduces[0] if reduces else None, axes(layout) if layout else (), texts
-        )
+        texts = tuple(tuple(spell_dim(dim) for dim in t.dims) for t in targets or ()) or ((),) * count
+        cutting = axes(layout) if layout else ()
+        return Form(layout, targets, parts, each, reduces[0] if reduces else None, cutting, texts)
 
     def _in_place(self, ready: Ready, shard: Held, coordinate: Mapping[str, int]) -> None:
         for place in ready.equation.on:
@@ -223,10 +220,7 @@ class Compiler:
                 raise FitError(f"{shard}: {describe(ready.equation.source)} is {wanted} here; no other rule matches it")
         return values
 
-    def _compute(self, pattern: object, values: dict[str, int | str]) -> None:
-        from ucp.lang.ast import Pattern
-
-        assert isinstance(pattern, Pattern)
+    def _compute(self, pattern: Pattern, values: dict[str, int | str]) -> None:
         for k, place in enumerate(computed(pattern)):
             value = evaluate(place.value, self.solver.value)
             if value is None or value.denominator != 1:

@@ -1,12 +1,13 @@
 """Sizes from shapes: every dim of every tensor is an equation, solved wherever a single size in it is unknown.
 
-What neither shapes nor `let` decide comes from the source's configuration, then from defaults; what is left is asked for.
-A size that two places put differently is an error that names both.
+What neither shapes nor `let` decide comes from the source's configuration, then from defaults; what is left is asked
+for. A size that two places put differently is an error that names both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
@@ -44,7 +45,7 @@ class Numbered:
 
     name: str
     axes: tuple[str, ...]
-    seen: Mapping[tuple[int, ...], Set[int]]
+    seen: Mapping[tuple[int, ...], AbstractSet[int]]
 
 
 @dataclass

@@ -34,30 +34,33 @@ def invert(value: Arith, target: Fraction, lookup: Lookup) -> tuple[str, Fractio
     left, right = evaluate(value.left, lookup), evaluate(value.right, lookup)
     if (left is None) == (right is None):
         return None
-    if right is not None:
-        undo = {
-            "+": lambda: target - right,
-            "-": lambda: target + right,
-            "*": lambda: target / right,
-            "/": lambda: target * right,
-        }
-        rest = value.left
-    else:
-        assert left is not None
-        known = left
-        undo = {
-            "+": lambda: target - known,
-            "-": lambda: known - target,
-            "*": lambda: target / known,
-            "/": lambda: known / target,
-        }
-        rest = value.right
-    if value.op not in undo:
-        return None
     try:
-        return invert(rest, undo[value.op](), lookup)
+        if right is not None:
+            rest, undone = value.left, _undo_right(value.op, target, right)
+        else:
+            assert left is not None
+            rest, undone = value.right, _undo_left(value.op, target, left)
     except ZeroDivisionError:
         return None
+    return None if undone is None else invert(rest, undone, lookup)
+
+
+def _undo_right(op: str, target: Fraction, right: Fraction) -> Fraction | None:
+    """``x`` of ``x op right = target``."""
+    if op in ("+", "-"):
+        return target - right if op == "+" else target + right
+    if op in ("*", "/"):
+        return target / right if op == "*" else target * right
+    return None
+
+
+def _undo_left(op: str, target: Fraction, left: Fraction) -> Fraction | None:
+    """``x`` of ``left op x = target``."""
+    if op in ("+", "-"):
+        return target - left if op == "+" else left - target
+    if op in ("*", "/"):
+        return target / left if op == "*" else left / target
+    return None
 
 
 def _operate(op: str, left: Fraction, right: Fraction) -> Fraction:
