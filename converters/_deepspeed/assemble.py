@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from ucp.catalog import Catalog, Source, Tensor
+from ucp.converter import Sharded
+from ucp.layout import Mesh, Shape
 from ucp.plan import Fragment, Key, TensorSpec
 from ucp.store import Store
 from ucp.tree import Tree
 
 from . import nodes
-from .around import read_around
-from .carried import carried_state
+from .around import Around, read_around
+from .carried import Part, carried_state
 from .checks import check
 from .files import locate
 from .found import Found
+from .info import INFO, PIPELINE_REPLICATED
 from .load import Save, load
 from .naming import candidates_of
+from .patterns import Patterns
 from .pipeline import layer_entries, local_entries, merge_stages
 from .same import Comparison
 from .stage0 import read_plain_optimizers
@@ -27,23 +32,62 @@ from .zero import read_optimizer
 _WRAPPERS = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 
 
-def read_catalog(store: Store, *, tag: str | None, frozen: Sequence[str]) -> Catalog:
+def read_catalog(store: Store, *, tag: str | None, frozen: Sequence[str], strict: bool = True) -> Catalog:
     """The catalog of the checkpoint at `store`; see `ucp.converters.deepspeed.DeepSpeed.read`."""
-    save = load(store, locate(store, tag))
-    check(store, save)
-    comparison = Comparison(store, save.checksums)
-    stages = _optimizers(store, save, comparison, frozen)
-    found, own = merge_stages(store, list(stages.values()))
-    weights = read_weights(save, _module(save, found), found.shapes, comparison)
-    gathered = {name: shape for name, shape in found.shapes.items() if name not in weights.copies}
-    around = read_around(store, save.folder, gathered if save.stage == 3 else {})
-    weights.copies.update(around.copies)
-    tensors, fragments = _tensors(found, weights)
-    state = carried_state(save, stages, weights, comparison)
-    if own:
-        state["pipeline_copies"] = own
+    sharded = read_sharded(store, tag=tag, frozen=frozen)
+    if len(sharded.parts) == 1:
+        return sharded.parts[0][1]
+    # Most checkpoints need neither the language nor what it brings along.
+    from .tensor_parallel import join
+
+    catalog = join(store, sharded, strict=strict)
+    return catalog if strict else replace(catalog, options={**catalog.options, "strict": False})
+
+
+def read_sharded(store: Store, *, tag: str | None, frozen: Sequence[str]) -> Sharded:
+    """The catalog of each tensor-parallel rank; see `ucp.converters.deepspeed.DeepSpeed.sharded`."""
+    saves = load(store, locate(store, tag))
+    check(store, saves)
+    comparison = Comparison(store, [checksum for save in saves for checksum in save.checksums])
+    parts = [_read_part(store, save, comparison, frozen) for save in saves]
+    around = read_around(store, saves[0].folder, _gathered(parts))
+    parts[0].weights.copies.update(around.copies)
+    state = carried_state(parts, comparison)
     if around.state:
         state["around"] = around.state
+    options = {name: value for name, value in (("tag", tag), ("frozen", tuple(frozen))) if value}
+    catalogs = [_catalog(store, part, around if not part.save.tp else Around(), state, options) for part in parts]
+    mesh = Mesh({**dict(saves[0].mesh.axes), "tp": len(saves)})
+    return Sharded([({"tp": part.save.tp}, catalog) for part, catalog in zip(parts, catalogs, strict=True)], mesh)
+
+
+def _read_part(store: Store, save: Save, comparison: Comparison, frozen: Sequence[str]) -> Part:
+    stages = _optimizers(store, save, comparison, frozen)
+    found, copies = merge_stages(store, list(stages.values()), replicated=_replicated(save))
+    return Part(save, stages, found, read_weights(save, _module(save, found), found.shapes, comparison), copies)
+
+
+def _replicated(save: Save) -> Callable[[str], bool]:
+    """Which parameters several pipeline stages hold, as the checkpoint says of itself."""
+    told = save.model(0).root.get(INFO)
+    listed = told.get(PIPELINE_REPLICATED) if isinstance(told, Mapping) else None
+    patterns = Patterns.of(str(pattern) for pattern in listed) if isinstance(listed, list | tuple) else None
+    return lambda name: patterns is not None and bool(patterns.matching(name))
+
+
+def _gathered(parts: Sequence[Part]) -> dict[str, Shape]:
+    """Shapes of parameters whose low-precision copies may lie in a file of the whole model."""
+    part = parts[0]
+    if len(parts) > 1 or part.save.stage != 3:
+        return {}
+    return {name: shape for name, shape in part.found.shapes.items() if name not in part.weights.copies}
+
+
+def _catalog(
+    store: Store, part: Part, around: Around, state: Mapping[str, Tree], options: Mapping[str, object]
+) -> Catalog:
+    save, found, weights = part.save, part.found, part.weights
+    tensors, fragments = _tensors(found, weights)
     files = (*save.files, *around.files)
     entries = [*(file.entry for file in files), *around.entries]
     return Catalog(
@@ -59,7 +103,7 @@ def read_catalog(store: Store, *, tag: str | None, frozen: Sequence[str]) -> Cat
         checksums=tuple(checksum for file in files for checksum in file.checksums),
         objects={entry.path: (entry.size, entry.fingerprint) for entry in entries},
         notes=(*found.notes, *weights.notes, *around.notes, *step_notes(save, found)),
-        options={name: value for name, value in (("tag", tag), ("frozen", tuple(frozen))) if value},
+        options=options,
     )
 
 

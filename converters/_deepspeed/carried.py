@@ -6,9 +6,11 @@ the client state that the training script gave to ``save_checkpoint``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from ucp.layout import Mesh
 from ucp.tree import Tree
 
 from .found import Found
@@ -51,34 +53,73 @@ ENGINE_KEYS = frozenset(
 )
 
 
-def carried_state(save: Save, stages: Mapping[int, Found], weights: Weights, comparison: Comparison) -> dict[str, Tree]:
-    """`Catalog.state`: the engine's entries under their own names, and four of ours.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What was read of one tensor-parallel rank: its files, the optimizer of each stage and of all, its weights.
+
+    `copies` are what later stages trained apart of tied parameters.
+    """
+
+    save: Save
+    stages: Mapping[int, Found]
+    found: Found
+    weights: Weights
+    copies: Mapping[int, Mapping[str, Mapping[str, Tree]]]
+
+
+def carried_state(parts: Sequence[Part], comparison: Comparison) -> dict[str, Tree]:
+    """`Catalog.state`: the engine's entries under their own names, and five of ours.
 
     ``client_state``: what the training script saved; ``optimizer``: entries of the optimizer files beside states and
-    groups; ``module``: entries of the module that are no tensors; ``per_rank``: {rank: the same keys} for what differs
-    between ranks, which count with dp innermost.
+    groups; ``module``: entries of the module that are no tensors; ``pipeline_copies``: tied parameters that stages
+    trained apart; ``per_rank``: {rank: the same keys} for what differs between ranks, which count with dp innermost,
+    then tp, then pp.
     """
-    models = {save.mesh.rank({"pp": mp, "dp": dp}): _model_rest(file.root) for (mp, dp), file in save.models.items()}
-    optims = {
-        save.mesh.rank({"pp": mp, "dp": dp}): {"optimizer": rest}
-        for mp, found in stages.items()
-        for dp, rest in found.rest.items()
-        if rest
-    }
+    mesh = Mesh({**dict(parts[0].save.mesh.axes), "tp": len(parts)})
     state: dict[str, Tree] = {}
     per_rank: dict[int, dict[str, Tree]] = {}
-    for trees in (models, optims):
-        common, own = comparison.split(trees)
+    for trees in (_models(parts, mesh), _optimizers(parts, mesh)):
+        common, own = comparison.split(dict(sorted(trees.items())))
         state.update(common)
         for rank, tree in own.items():
             per_rank.setdefault(rank, {}).update(tree)
-    if weights.extra:
-        state["module"] = dict(weights.extra)
-    for rank, buffers in weights.own.items():
-        per_rank.setdefault(rank, {})["module"] = buffers
+    extra = dict(parts[0].weights.extra)
+    if extra:
+        state["module"] = extra
+    for part in parts:
+        for dp, buffers in part.weights.own.items():
+            per_rank.setdefault(_rank(mesh, part, dp=dp), {})["module"] = buffers
+        if not comparison.equal(dict(part.weights.extra), extra):
+            module = per_rank.setdefault(_rank(mesh, part), {}).get("module")
+            per_rank[_rank(mesh, part)]["module"] = {**part.weights.extra, **(module or {})}
     if per_rank:
         state["per_rank"] = {rank: per_rank[rank] for rank in sorted(per_rank)}
+    copies = {part.save.tp: dict(part.copies) for part in parts if part.copies}
+    if copies:
+        state["pipeline_copies"] = copies[0] if len(parts) == 1 else copies
     return state
+
+
+def _rank(mesh: Mesh, part: Part, *, pp: int = 0, dp: int = 0) -> int:
+    return mesh.rank({"pp": pp, "tp": part.save.tp, "dp": dp})
+
+
+def _models(parts: Sequence[Part], mesh: Mesh) -> dict[int, dict[str, Any]]:
+    return {
+        _rank(mesh, part, pp=pp, dp=dp): _model_rest(file.root)
+        for part in parts
+        for (pp, dp), file in part.save.models.items()
+    }
+
+
+def _optimizers(parts: Sequence[Part], mesh: Mesh) -> dict[int, dict[str, Any]]:
+    return {
+        _rank(mesh, part, pp=pp, dp=dp): {"optimizer": rest}
+        for part in parts
+        for pp, found in part.stages.items()
+        for dp, rest in found.rest.items()
+        if rest
+    }
 
 
 def _model_rest(root: Mapping[str, Tree]) -> dict[str, Any]:

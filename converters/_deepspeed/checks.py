@@ -6,7 +6,7 @@ Modification times prove nothing: checkpoints are copied. What every file says o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ucp.errors import ConflictError, CorruptError, NotFoundError
 from ucp.store import Store
@@ -19,30 +19,36 @@ from .same import plain_equal
 _EVERY_MODEL = ("global_steps", "global_samples", "skipped_steps", "ds_version", "dp_world_size", "mp_world_size")
 
 
-def check(store: Store, save: Save) -> None:
+def check(store: Store, saves: Sequence[Save]) -> None:
     """NotFoundError for a missing file, ConflictError for files of different saves, FitError for spread-out experts."""
-    base = f"{store.url}/{save.folder.path}"
-    _check_present(base, save)
-    _check_none_too_many(save)
-    _check_layers(base, save)
-    _check_no_experts(save)
-    _agree(save.models.values(), {name: _model_entry(name) for name in _EVERY_MODEL})
-    if save.stage == 3:
-        _agree(save.models.values(), {"param_shapes": _model_entry("param_shapes")})
-    _check_optims(save)
+    base = f"{store.url}/{saves[0].folder.path}"
+    models = [file for save in saves for file in save.models.values()]
+    optims = [file for save in saves for file in save.optims.values()]
+    for save in saves:
+        _check_present(base, save, models, optims)
+        _check_none_too_many(save)
+        _check_layers(base, save)
+        _check_no_experts(save)
+    _check_every_layer(base, saves)
+    _agree(models, {name: _model_entry(name) for name in _EVERY_MODEL})
+    for save in saves:
+        if save.stage == 3:
+            _agree(save.models.values(), {"param_shapes": _model_entry("param_shapes")})
+    if optims:
+        _check_optims(saves, optims)
 
 
-def _check_present(base: str, save: Save) -> None:
+def _check_present(base: str, save: Save, models: Sequence[RankFile], optims: Sequence[RankFile]) -> None:
     pp, dp = save.mesh["pp"], save.dp
-    grid = [(mp, rank) for mp in range(pp) for rank in range(dp)]
-    wanted = grid if save.stage == 3 else [(mp, 0) for mp in range(pp)]
-    for rank in wanted:
-        if rank not in save.models:
-            raise _missing(base, save.models.values(), rank, dp)
-    if save.optims:
-        for rank in grid:
-            if rank not in save.optims:
-                raise _missing(base, save.optims.values(), rank, dp)
+    grid = [(stage, rank) for stage in range(pp) for rank in range(dp)]
+    wanted = grid if save.stage == 3 else [(stage, 0) for stage in range(pp)]
+    for stage, rank in wanted:
+        if (stage, rank) not in save.models:
+            raise _missing(base, models, (save.number(stage), rank), dp)
+    if optims:
+        for stage, rank in grid:
+            if (stage, rank) not in save.optims:
+                raise _missing(base, optims, (save.number(stage), rank), dp)
     elif any(file.root.get("param_shapes") is not None for file in save.models.values()):
         raise NotFoundError(f"{base}zero_pp_rank_0_mp_rank_00_optim_states.pt: missing", hint=MISSING_HINT)
 
@@ -56,12 +62,23 @@ def _missing(base: str, files: Iterable[RankFile], rank: tuple[int, int], dp: in
 
 
 def _check_none_too_many(save: Save) -> None:
-    for (mp, rank), file in [*save.optims.items(), *save.models.items()]:
-        if rank >= save.dp or mp >= save.mesh["pp"]:
-            raise ConflictError(
-                f"{file.path}: there is no such rank in a job of {save.mesh['pp']} x {save.dp} ranks",
-                hint=LEFTOVER_HINT,
-            )
+    degrees = (save.mesh["pp"], save.dp) if save.degree == 1 else (save.mesh["pp"], save.degree, save.dp)
+    ranks = " x ".join(map(str, degrees))
+    for (stage, rank), file in [*save.optims.items(), *save.models.items()]:
+        if rank >= save.dp or stage >= save.mesh["pp"]:
+            raise ConflictError(f"{file.path}: there is no such rank in a job of {ranks} ranks", hint=LEFTOVER_HINT)
+
+
+def _check_every_layer(base: str, saves: Sequence[Save]) -> None:
+    """Every tensor-parallel rank saves its part of every layer, and there are no more such ranks."""
+    folder, degree = saves[0].folder, len(saves)
+    for (layer, tp), path in folder.layers.items():
+        if tp >= degree:
+            raise ConflictError(f"{base}{path}: the job had {degree} tensor-parallel ranks", hint=LEFTOVER_HINT)
+        for save in saves:
+            if layer not in save.layers:
+                name = f"layer_{layer:02d}-model_{save.tp:02d}-model_states.pt"
+                raise NotFoundError(f"{base}{name}: missing, and {path} is there", hint=MISSING_HINT)
 
 
 def _check_layers(base: str, save: Save) -> None:
@@ -98,19 +115,16 @@ def base_groups(file: RankFile) -> list[Mapping[str, Tree]]:
     return [nodes.mapping(group, f"{file.path}: param_groups") for group in nodes.sequence(groups, file.path)]
 
 
-def _check_optims(save: Save) -> None:
-    files = list(save.optims.values())
-    if not files:
-        return
-    version = save.models[0, 0].root.get("ds_version")
+def _check_optims(saves: Sequence[Save], files: Sequence[RankFile]) -> None:
+    first = saves[0].models[0, 0]
+    version = first.root.get("ds_version")
     for file in files:
-        _check_partition_count(file, save.dp)
+        _check_partition_count(file, saves[0].dp)
         if file.root.get("ds_version", version) != version:
-            first = save.models[0, 0].path
-            raise _mixed("DeepSpeed version", {first: version, file.path: file.root["ds_version"]})
+            raise _mixed("DeepSpeed version", {first.path: version, file.path: file.root["ds_version"]})
     _agree(files, {"ZeRO stage": zero_stage})
-    for mp in range(save.mesh["pp"]):
-        _agree(save.ranks(mp), {"hyper-parameters": base_groups})
+    for stage in range(saves[0].mesh["pp"]):
+        _agree([file for save in saves for file in save.ranks(stage)], {"hyper-parameters": base_groups})
 
 
 def _check_partition_count(file: RankFile, dp: int) -> None:

@@ -1,4 +1,4 @@
-"""Reads the pickles of every file of a checkpoint.
+"""Reads the pickles of every file of a checkpoint, one `Save` per tensor-parallel rank.
 
 Which files there must be: deepspeed/runtime/engine.py, ``_common_checkpoint_state`` (``dp_world_size``,
 ``checkpoint_parallel_dimensions``) and ``_configure_checkpointing`` (which rank writes what).
@@ -6,12 +6,13 @@ Which files there must be: deepspeed/runtime/engine.py, ``_common_checkpoint_sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ucp.catalog import Checksum
 from ucp.container.torchfile import TorchFile, TorchFiles
-from ucp.errors import ConflictError, FitError, NotFoundError
+from ucp.errors import ConflictError, CorruptError, FitError, NotFoundError
 from ucp.layout import Mesh
 from ucp.store import Store
 from ucp.tree import Tree
@@ -34,10 +35,11 @@ class RankFile:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """All files of one save.
+    """The files of one tensor-parallel rank, out of `degree`: what a job without tensor parallelism would have saved.
 
-    `models` is keyed by (mp, dp), with dp 0 alone for ZeRO 0 to 2; `optims` by (mp, dp) and empty where the optimizer
-    is inside the model files; `layers` by pipeline layer.
+    `models` is keyed by (pp, dp), with dp 0 alone for ZeRO 0 to 2; `optims` by (pp, dp) and empty where the optimizer
+    is inside the model files; `layers` by pipeline layer. `shared` maps aliases to names, which the file of global rank
+    0 alone tells.
     """
 
     folder: Folder
@@ -47,11 +49,18 @@ class Save:
     optims: Mapping[tuple[int, int], RankFile]
     layers: Mapping[int, RankFile]
     files: tuple[TorchFile, ...]
+    shared: Mapping[str, str]
+    tp: int = 0
+    degree: int = 1
 
     @property
     def dp(self) -> int:
         """Data-parallel degree, over which ZeRO partitions."""
         return self.mesh["dp"]
+
+    def number(self, pp: int) -> int:
+        """What file names call the model-parallel rank of a stage: stages outermost, tensor-parallel ranks inside."""
+        return pp * self.degree + self.tp
 
     @property
     def checksums(self) -> tuple[Checksum, ...]:
@@ -71,22 +80,58 @@ class Save:
         return [self.models[rank] for rank in sorted(self.models) if rank[0] == mp]
 
 
-def load(store: Store, folder: Folder) -> Save:
-    """Read every file of `folder`.
+def load(store: Store, folder: Folder) -> tuple[Save, ...]:
+    """Read every file of `folder`: the save of each tensor-parallel rank, in order.
 
-    NotFoundError if there is no model file at all, FitError for tensor parallelism and spread-out experts; whatever
-    the file reader raises for a damaged or unsafe file.
+    NotFoundError if there is no model file at all, FitError for spread-out experts; whatever the file reader raises for
+    a damaged or unsafe file.
     """
     base = f"{store.url}/{folder.path}"
     if folder.experts:
         raise spread_experts(base + folder.experts[0])
-    files: list[TorchFile] = []
-    read = TorchFiles(store).read
-    optims = {rank: _read(read, path, files) for rank, path in sorted(folder.optim.items())}
+    read = _Read(TorchFiles(store).read)
+    optims = {rank: read(path) for rank, path in sorted(folder.optim.items())}
     stage = max((zero_stage(file) for file in optims.values()), default=0)
-    models = {rank: _read(read, path, files) for rank, path in sorted(_model_paths(base, folder, stage).items())}
-    layers = {layer: _read(read, path, files) for (layer, _), path in sorted(folder.layers.items())}
-    return Save(folder, _mesh(base, folder, models), stage, models, optims, layers, tuple(files))
+    models = {rank: read(path) for rank, path in sorted(_model_paths(base, folder, stage).items())}
+    layers = {layer: read(path) for layer, path in sorted(folder.layers.items())}
+    mesh, shared = _mesh(base, folder, models), _shared(models.values())
+    degree, own = mesh["tp"], Mesh({"pp": mesh["pp"], "tp": 1, "dp": mesh["dp"]})
+    return tuple(
+        Save(
+            folder,
+            own,
+            stage,
+            held := _of_rank(models, tp, degree),
+            states := _of_rank(optims, tp, degree),
+            weights := {layer: file for (layer, rank), file in layers.items() if rank == tp},
+            read.files([*states.values(), *held.values(), *weights.values()]),
+            shared,
+            tp,
+            degree,
+        )
+        for tp in range(degree)
+    )
+
+
+def _of_rank(files: Mapping[tuple[int, int], RankFile], tp: int, degree: int) -> dict[tuple[int, int], RankFile]:
+    """Files of one tensor-parallel rank by (pp, dp)."""
+    return {(mp // degree, dp): file for (mp, dp), file in files.items() if mp % degree == tp}
+
+
+class _Read:
+    """Reads files and remembers them."""
+
+    def __init__(self, read: Callable[[str], TorchFile]) -> None:
+        self._read = read
+        self._files: dict[str, TorchFile] = {}
+
+    def __call__(self, path: str) -> RankFile:
+        file = self._files[path] = self._read(path)
+        return RankFile(path, nodes.mapping(file.root, path))
+
+    def files(self, chosen: Iterable[RankFile]) -> tuple[TorchFile, ...]:
+        """The files behind `chosen`."""
+        return tuple(self._files[file.path] for file in chosen)
 
 
 def zero_stage(file: RankFile) -> int:
@@ -104,12 +149,6 @@ def spread_experts(path: str) -> FitError:
         f"{path}: mixture of experts with experts spread over ranks is not supported yet",
         hint="every rank gives its experts the same local names, so reading them needs a program",
     )
-
-
-def _read(read: Callable[[str], TorchFile], path: str, files: list[TorchFile]) -> RankFile:
-    file = read(path)
-    files.append(file)
-    return RankFile(path, nodes.mapping(file.root, path))
 
 
 def _model_paths(base: str, folder: Folder, stage: int) -> dict[tuple[int, int], str]:
@@ -130,18 +169,27 @@ def _model_paths(base: str, folder: Folder, stage: int) -> dict[tuple[int, int],
 
 
 def _mesh(base: str, folder: Folder, models: Mapping[tuple[int, int], RankFile]) -> Mesh:
-    """Degrees of pipeline, tensor and data parallelism; FitError if tensors may be cut across ranks."""
+    """Degrees of pipeline, tensor and data parallelism; NotFoundError for files of fewer ranks than that."""
     first = next(iter(models.values()))
     found = 1 + max(mp for mp, _ in [*models, *folder.optim])
     pp, tp = _degrees(first, folder, found)
-    if tp > 1:
-        raise FitError(
-            f"{base}: tensor parallel over {tp} ranks needs a program; not supported yet",
-            hint="save without tensor parallelism, or convert with DeepSpeed's own ds_to_universal",
-        )
+    if pp < 1 or tp < 1:
+        raise CorruptError(f"{first.path}: {pp} pipeline stages and {tp} tensor-parallel ranks")
+    if tp > found:
+        name = first.path.rpartition("/")[2]
+        missing = base + re.sub(r"mp_rank_\d+", f"mp_rank_{found:02d}", name)
+        raise NotFoundError(f"{missing}: missing; the job had {tp} tensor-parallel ranks", hint=MISSING_HINT)
     width = 1 + max((dp for _, dp in folder.optim), default=0)
     dp = nodes.integer(first.root.get("dp_world_size", width), f"{first.path}: dp_world_size")
-    return Mesh({"pp": pp, "tp": 1, "dp": max(dp, 1)})
+    return Mesh({"pp": pp, "tp": tp, "dp": max(dp, 1)})
+
+
+def _shared(models: Iterable[RankFile]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for file in models:
+        for alias, name in nodes.mapping(file.root.get("shared_params") or {}, f"{file.path}: shared_params").items():
+            found.setdefault(str(alias), str(name))
+    return found
 
 
 def _degrees(first: RankFile, folder: Folder, found: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ each stage, and only the first stage's copy is in the layer's file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ucp.catalog import ParamGroup
@@ -70,8 +70,10 @@ def _missing_layer(save: Save, name: str) -> NotFoundError:
     return NotFoundError(f"{save.folder.path}{layer}: missing; it holds {name}", hint=MISSING_HINT)
 
 
-def merge_stages(store: Store, stages: Sequence[Found]) -> tuple[Found, dict[int, dict[str, dict[str, Tree]]]]:
-    """One optimizer out of those of all stages.
+def merge_stages(
+    store: Store, stages: Sequence[Found], *, replicated: Callable[[str], bool]
+) -> tuple[Found, dict[int, dict[str, dict[str, Tree]]]]:
+    """One optimizer out of those of all stages; `replicated` tells of parameters whether several may hold them.
 
     A tied parameter that several stages hold is one parameter with replicas. Where a later stage trained its own copy,
     the first stage's is the parameter, and the other is given back: {stage: {name: {state: pieces}}}.
@@ -86,7 +88,7 @@ def merge_stages(store: Store, stages: Sequence[Found]) -> tuple[Found, dict[int
                 merged.shapes[name] = shape
                 merged.states[name] = stage.states[name]
                 merged.scalars[name] = stage.scalars.get(name, {})
-            elif not (name.startswith(TIED) or name in stage.tied) or merged.shapes[name] != shape:
+            elif not (name.startswith(TIED) or name in stage.tied or replicated(name)) or merged.shapes[name] != shape:
                 raise CorruptError(f"{name} is in the optimizer of two pipeline stages, and no tied layer")
             elif any(
                 _trained_apart(store, merged.states[name][state], stored)

@@ -69,7 +69,7 @@ def read_weights(
     for mp in range(save.mesh["pp"]):
         _read_frozen(save, mp, weights)
     buffers = buffer_names(save)
-    shared = _shared(save)
+    shared = save.shared
     by_extent: dict[Extent, str] = {}
     later: dict[str, TensorLeaf] = {}
     for name, node in entries.items():
@@ -176,15 +176,6 @@ def _joined(name: str, shape: Shape, leaves: list[TensorLeaf]) -> Held:
             )
     fragments = group.fragments([leaf.extent for leaf in leaves])[name]
     return Held(TensorSpec(shape, leaves[0].extent.dtype), fragments)
-
-
-def _shared(save: Save) -> dict[str, str]:
-    """Aliases by name; only the file of global rank 0 has them."""
-    found: dict[str, str] = {}
-    for file in save.models.values():
-        for alias, name in nodes.mapping(file.root.get("shared_params") or {}, f"{file.path}: shared_params").items():
-            found.setdefault(str(alias), str(name))
-    return found
 
 
 def _alias_or_outsider(

@@ -151,13 +151,13 @@ def test_a_foreign_file(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_tensor_parallelism_is_refused(tmp_path: Path) -> None:
+def test_tensor_parallelism_without_metadata_is_refused(tmp_path: Path) -> None:
     for degrees in ({"pp_degree": 1, "tp_degree": 2}, None):
         root = tmp_path / str(degrees)
         write(FAKE.with_(model={"checkpoint_parallel_dimensions": degrees, "mp_world_size": 2}), root)
         for path in list(root.iterdir()):
             shutil.copy(path, root / path.name.replace("mp_rank_00", "mp_rank_01"))
-        refused(root, FitError, "tensor parallel over 2 ranks")
+        refused(root, FitError, "2 tensor-parallel ranks, and no universal_checkpoint_info")
 
 
 @pytest.mark.parametrize("entry", [{"num_experts": [4]}, {"ds_autoep_layers": [{"moe_layer_id": 0}]}])

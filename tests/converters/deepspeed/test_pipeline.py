@@ -119,7 +119,7 @@ def test_a_missing_stage(tmp_path: Path, kind: str) -> None:
         read(tmp_path)
 
 
-def test_layers_of_two_tensor_parallel_ranks_are_refused(tmp_path: Path) -> None:
+def test_layers_of_two_tensor_parallel_ranks_without_metadata_are_refused(tmp_path: Path) -> None:
     values = write_stages(tmp_path, [{"0.w": (3, 3)}, {"0.w": (3, 3)}], seeds=[1, 1])
     for path in tmp_path.glob("*model_states.pt"):
         root = torch.load(path, weights_only=False)
@@ -127,7 +127,7 @@ def test_layers_of_two_tensor_parallel_ranks_are_refused(tmp_path: Path) -> None
         torch.save(root, path)
     for tp in (0, 1):
         save_layer(tmp_path, 0, values[0], suffix=f"-model_{tp:02d}")
-    with pytest.raises(FitError, match="tensor parallel over 2 ranks"):
+    with pytest.raises(FitError, match="2 tensor-parallel ranks, and no universal_checkpoint_info"):
         read(tmp_path)
 
 
