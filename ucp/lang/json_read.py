@@ -230,7 +230,7 @@ def _expr(value: Value, *, every: bool = False) -> Expr:
         if not every:
             value.fail("`every` is for `pack` only")
         return Every(_expr(value.members("every")["every"]))
-    members = value.members(kind, "cuts")
+    members = value.members("dim cuts") if kind == "dim" else value.members(kind, "cuts")
     cuts = _cuts(members)
     if kind == "dim":
         return Dim(_dim(members["dim"]), cuts)

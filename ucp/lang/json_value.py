@@ -107,7 +107,7 @@ class Value:
         """The name of a dim, a size, an axis, a flag or a capture."""
         name = self.string()
         if not IDENTIFIER.fullmatch(name) or name in RESERVED:
-            self.fail(f"{_shown(name)} cannot be the name of a dim, a size, an axis or a flag", kind="name")
+            self.fail(f"{_shown(name)} cannot name a dim, a size, an axis or a flag", kind="name")
         return name
 
     def state(self) -> str:
