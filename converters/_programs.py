@@ -92,6 +92,4 @@ def _flags(kind: str, config: Config, *, in_memory: bool) -> dict[str, bool]:
         found["mlp_bias"] = bool(config.get("mlp_bias", False))
     if kind in ("qwen3_moe", "mixtral", "gpt_neox"):
         found["in_memory"] = in_memory
-    if kind == "qwen3_moe":
-        found["dense"] = bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
     return found
