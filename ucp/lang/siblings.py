@@ -1,0 +1,85 @@
+"""That layers which have some of their tensors have all of them.
+
+A rule with a captured number stands for one tensor per number, and which numbers there are only the other rules tell:
+`layers.{l}.mlp.up.weight` without layer 7 is a hole if `layers.7.attn.q.weight` is there. Rules that may find nothing
+are left out, except that those of one optional block find something together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from ucp.errors import FitError
+from ucp.lang.ast import Capture, Pattern
+from ucp.lang.check import Checked, Ready
+from ucp.lang.choose import holds
+from ucp.lang.match import Matcher, captures, computed, describe, spell
+
+Numbers = tuple[int | str, ...]
+"""Values of the captures of a name, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One target of a rule, and the names it made by the captured values up to some capture."""
+
+    ready: Ready
+    target: Pattern
+    names: Mapping[Numbers, str]
+
+
+def check_siblings(checked: Checked, flags: Mapping[str, bool], produced: Mapping[int, Collection[str]]) -> None:
+    """FitError for a number that some rules of a group have and another lacks.
+
+    `produced` are the logical names that each rule made, by its number; `flags` include the axes of the mesh.
+    """
+    groups: dict[str, list[_Member]] = {}
+    for ready in checked.rules:
+        if ready.equation.imports and holds(ready.equation.conditions, flags):
+            for prefix, member in _members(ready, produced.get(ready.equation.number, ())):
+                groups.setdefault(prefix, []).append(member)
+    for members in groups.values():
+        _alike(checked, [m for m in members if not m.ready.equation.optional], members)
+        choices = {m.ready.equation.choice for m in members} - {None}
+        for choice in choices:
+            together = [m for m in members if m.ready.equation.choice == choice]
+            _alike(checked, together, together)
+
+
+def _members(ready: Ready, produced: Collection[str]) -> Iterator[tuple[str, _Member]]:
+    """For each target and each of its captures: the name up to there, and who has which values."""
+    for side in ready.equation.targets:
+        order = [capture.name for capture in captures(side.name)]
+        if not order:
+            continue
+        matcher = Matcher.of(side.name, ready.numbers | ready.axis_leaves)
+        found = [(name, values) for name in produced if (values := matcher.match(name)) is not None]
+        for n, prefix in enumerate(_prefixes(side.name), 1):
+            names = {tuple(values[key] for key in order[:n]): name for name, values in found}
+            yield prefix, _Member(ready, side.name, names)
+
+
+def _prefixes(pattern: Pattern) -> Iterator[str]:
+    for n, part in enumerate(pattern.parts, 1):
+        if isinstance(part, Capture):
+            yield describe(Pattern(pattern.parts[:n]))
+
+
+def _alike(checked: Checked, members: list[_Member], others: list[_Member]) -> None:
+    """Each of `members` has every value that any of `others` has."""
+    everything = {values: name for member in others for values, name in member.names.items()}
+    for member in members:
+        missing = sorted(everything.keys() - member.names.keys(), key=str)
+        if missing:
+            raise FitError(
+                f"{_name(member, missing[0])} is missing, but {everything[missing[0]]} is there; "
+                f"its rule is {checked.where(member.ready.equation)}, for {describe(member.ready.equation.source)}",
+                hint="if it is so by design, the rule, or the block of rules that come together, is `optional`",
+            )
+
+
+def _name(member: _Member, values: Numbers) -> str:
+    names = [capture.name for capture in captures(member.target)]
+    unknown = {**{name: f"{{{name}}}" for name in names}, **{f"={k}": "?" for k in range(len(computed(member.target)))}}
+    return spell(member.target, {**unknown, **dict(zip(names, values, strict=False))})
