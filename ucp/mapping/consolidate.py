@@ -14,9 +14,8 @@ from typing import cast
 
 from ucp.catalog import Catalog, ProgramRecord, Scalar, Tensor
 from ucp.errors import ConflictError, FitError, UsageError
-from ucp.lang import Program
+from ucp.lang import Program, to_json
 from ucp.lang.bind import Bound, Held, Piece, bind
-from ucp.lang.json import to_json
 from ucp.layout import Mesh
 from ucp.mapping import around
 from ucp.mapping.around import Part, told

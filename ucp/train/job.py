@@ -18,6 +18,7 @@ from ucp.train.names import Rename, match, renamed, selected, stripped, unused
 from ucp.train.optimizer import ParameterPlan, State, plan_states, template
 from ucp.train.report import Findings
 from ucp.train.scheduler import plan_scheduler
+from ucp.train.shares import Supply
 from ucp.train.targets import Slot, Targets
 from ucp.train.transfer import Fill
 
@@ -28,11 +29,13 @@ Group = dict[str, Any]
 class Job:
     """A load being prepared.
 
-    `sources` maps names of the target to those of the source; `fills` and `numbers` are what goes into tensors that
-    are there; `states`, `stateless`, `groups` and `schedules` are installed once all bytes were read.
+    `catalog` holds the source's tensors as the target sees them, and `supply` says what fills them. `sources` maps
+    names of the target to those of the source; `fills` and `numbers` are what goes into tensors that are there;
+    `states`, `stateless`, `groups` and `schedules` are installed once all bytes were read.
     """
 
     catalog: Catalog
+    supply: Supply
     store: Store
     targets: Targets
     rename: Rename | None
@@ -59,7 +62,7 @@ class Job:
 
 
 def plan(job: Job, *, hyper_parameters: bool) -> None:
-    """Fill in everything but the first five fields of `job`; what does not fit goes to its findings."""
+    """Fill in everything but the first six fields of `job`; what does not fit goes to its findings."""
     names = job.targets.names()
     job.sources = match(names, job.catalog, job.rename)
     for name in unused(job.rename, names):
@@ -105,8 +108,7 @@ def _plan_slot(job: Job, slot: Slot) -> None:
     if slot.state in tensor.states:
         twins = [other for other in others if _same(job, slot, source, other)]
         if check_tensor(job.findings, found[source], slot.state, tensor.states[slot.state], slot.tensor):
-            covers = tuple(job.catalog.cover(twin, slot.state) for twin in twins)
-            job.fills.append(Fill(slot.tensor, job.catalog.cover(source, slot.state), covers))
+            job.fills += job.supply.fills(slot.tensor, source, slot.state, twins)
     elif slot.state in tensor.scalars:
         _plan_number(job, slot, source)
     elif tensor.undecided is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -12,6 +13,8 @@ import torch
 
 from ucp.checkpoint import Checkpoint, open_checkpoint
 from ucp.errors import UsageError
+from ucp.layout import Mesh
+from ucp.mapping import ProgramLike
 from ucp.run.integrity import Ledger, Piece, Spans
 from ucp.run.unchanged import check_unchanged
 from ucp.store import Store
@@ -22,8 +25,10 @@ from ucp.train.names import Rename
 from ucp.train.optimizer import allocate
 from ucp.train.report import LoadReport
 from ucp.train.scheduler import STATE
+from ucp.train.shards import local_tensor
+from ucp.train.shares import Coordinates, Whole, Wish, share_out
 from ucp.train.targets import take_apart
-from ucp.train.transfer import transfer
+from ucp.train.transfer import Fill, transfer
 
 _GAP = 64 << 10
 """Bytes that may be read beyond what was asked for, per checksum, to make it tell."""
@@ -43,6 +48,11 @@ def load(
     verify: bool = True,
     workers: int | None = None,
     family: str | None = None,
+    program: ProgramLike | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
+    coordinate: Coordinates | None = None,
+    sizes: Mapping[str, int] | None = None,
+    flags: Mapping[str, bool] | None = None,
     **options: Any,
 ) -> LoadReport:
     """Fill `target` in place from the checkpoint `source`, a URL or an open `Checkpoint`, whatever layout wrote it.
@@ -60,10 +70,22 @@ def load(
     the ranks of a target's mesh do so together, so all of them must call, and what one raises they all raise.
     `workers` threads read (default: up to 4), each with a bounded buffer. `options` go to the family's reader.
 
+    A conversion `program` describes the target's tensors where they are not the checkpoint's: each of them is made of
+    parts of logical tensors, as at `coordinate` of `mesh` (axis names to numbers of ranks, outermost first), and what
+    no part fills is padding and becomes zero, in values and states. ``"source"`` is the program that the checkpoint
+    keeps. Without a coordinate it is that of the process group's rank, counted row-major; several are those of a rank
+    that holds several virtual stages. `sizes` and `flags` are the program's where shapes and names do not tell. The
+    program must fit all tensors of the checkpoint, also without `strict`.
+
     Nothing is changed unless everything fits. Raises FitError that lists all problems, NotFoundError, UsageError for a
     target of an unknown kind, and CorruptError or StorageError while reading, after which the target is partly filled.
     """
     start = time.perf_counter()
+    wish = None if program is None else Wish.of(program, mesh, coordinate, sizes, flags)
+    if wish is None and (mesh, coordinate, sizes, flags) != (None, None, None, None):
+        raise UsageError(
+            "mesh, coordinate, sizes and flags are a program's, and none is given", hint="give program=..."
+        )
     globs = (only,) if isinstance(only, str) else only
     # Tensors made inside a user's inference mode could never be trained.
     with torch.inference_mode(False):
@@ -72,7 +94,8 @@ def load(
 
         def read() -> tuple[tuple[Job, Ledger], list[Piece]]:
             ckpt = _opened(source, family, options)
-            job = Job(ckpt.catalog, ckpt.store, targets, map, None if globs is None else tuple(globs))
+            supply = Whole(ckpt.catalog) if wish is None else share_out(ckpt.catalog, targets, wish)
+            job = Job(supply.catalog, supply, ckpt.store, targets, map, None if globs is None else tuple(globs))
             plan(job, hyper_parameters=hyper_parameters)
             job.findings.check(ckpt.url, strict=strict)
             ledger = Ledger(Spans(ckpt.catalog.checksums if verify else ()))
@@ -102,7 +125,8 @@ def _opened(source: str | os.PathLike[str] | Checkpoint, family: str | None, opt
 def _fill(job: Job, ledger: Ledger, workers: int) -> None:
     """Read everything into its place."""
     for _, made in job.states:
-        job.fills += allocate(made, job.catalog)
+        job.fills += allocate(made, job.catalog, job.supply)
+    _clear_padding(job.fills)
     touched: set[str] = set()
 
     def record(object: str, offset: int, data: memoryview) -> None:
@@ -111,6 +135,17 @@ def _fill(job: Job, ledger: Ledger, workers: int) -> None:
 
     transfer(job.store, job.fills, workers=workers, record=record)
     check_unchanged(job.store, job.catalog, touched)
+
+
+def _clear_padding(fills: Sequence[Fill]) -> None:
+    """Zeros in tensors that the source does not fill wholly."""
+    filled: dict[int, int] = {}
+    for fill in fills:
+        if fill.share is not None:
+            filled[id(fill.tensor)] = filled.get(id(fill.tensor), 0) + fill.share.block.size
+    for fill in fills:
+        if filled.pop(id(fill.tensor), math.inf) < fill.tensor.numel():
+            local_tensor(fill.tensor, str(fill.cover.key)).zero_()
 
 
 def _telling(ledger: Ledger) -> list[Piece]:

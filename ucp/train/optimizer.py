@@ -17,6 +17,7 @@ from ucp.errors import FitError
 from ucp.plan import TensorSpec
 from ucp.train.fit import check_dtype, check_number
 from ucp.train.report import Findings
+from ucp.train.shares import Supply
 from ucp.train.transfer import Fill
 
 State = dict[str, Any]
@@ -107,15 +108,14 @@ def _dtype(number: float) -> torch.dtype:
     return torch.int64 if isinstance(number, int) else torch.float64
 
 
-def allocate(plan: ParameterPlan, catalog: Catalog) -> list[Fill]:
+def allocate(plan: ParameterPlan, catalog: Catalog, supply: Supply) -> list[Fill]:
     """Make the new state in `plan.result`, reusing tensors that fit, and say how to fill it."""
     tensor = catalog.tensors[plan.source]
     fills: list[Fill] = []
     for state, kept in plan.template.items():
         if state in tensor.states:
             made = _room(plan.parameter, kept, tensor.states[state])
-            twins = tuple(catalog.cover(twin, state) for twin in plan.twins)
-            fills.append(Fill(made, catalog.cover(plan.source, state), twins))
+            fills += supply.fills(made, plan.source, state, plan.twins)
         elif state in tensor.scalars:
             made = _number(kept, tensor.scalars[state])
         else:

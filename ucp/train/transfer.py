@@ -10,6 +10,8 @@ import torch
 
 from ucp.errors import ConflictError, FitError
 from ucp.layout import Box, itemsize
+from ucp.layout import block as blocks
+from ucp.layout.block import View
 from ucp.plan import Cover, Extent, Fragment, split
 from ucp.run.gather import Record, read_into
 from ucp.store import Store
@@ -23,22 +25,33 @@ BLOCK_BYTES = 8 << 20
 class Fill:
     """Fill `tensor`, this rank's part of it if it is a DTensor, from `cover`, which has the same shape.
 
-    `twins` are further copies in the source that must be equal, bit for bit.
+    With `share`, a block of `tensor` is filled, and is a part of the cover's tensor seen through a view. `twins` are
+    further copies in the source that must be equal, bit for bit.
     """
 
     tensor: torch.Tensor
     cover: Cover
     twins: tuple[Cover, ...] = ()
+    share: Share | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A block of a tensor of the job, in the coordinates of a view of a tensor of the source."""
+
+    view: View
+    block: blocks.Block
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Fill `target`, a view of the final memory, with box `region` of `cover`."""
+    """Fill `target`, a view of the final memory, with box `region` of `cover` seen through `view`."""
 
     target: torch.Tensor
     region: Box
     cover: Cover
     twins: tuple[Cover, ...]
+    view: View
 
     @property
     def nbytes(self) -> int:
@@ -70,15 +83,30 @@ def transfer(store: Store, fills: Sequence[Fill], *, workers: int, record: Recor
 
 
 def _blocks(fill: Fill) -> Iterator[Block]:
-    local = local_tensor(fill.tensor, str(fill.cover.key))
+    view = fill.share.view if fill.share else View.plain(fill.cover.spec.shape)
     most = max(1, BLOCK_BYTES // itemsize(fill.cover.spec.dtype))
-    for part in parts(fill.tensor, str(fill.cover.key)):
-        for box in split(part.region, most):
-            here = tuple(
-                slice(at + a - start, at + a - start + n)
-                for at, start, a, n in zip(part.local.start, part.region.start, box.start, box.shape, strict=True)
-            )
-            yield Block(local[here], box, fill.cover, fill.twins)
+    for region, target in _regions(fill):
+        for box in split(region, most):
+            here = box.relative_to(region.start)
+            index = tuple(slice(a, b) for a, b in zip(here.start, here.stop, strict=True))
+            yield Block(target[index], box, fill.cover, fill.twins, view)
+
+
+def _regions(fill: Fill) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Boxes of the source's tensor, in the fill's view, each with the memory that it goes to, in the same shape."""
+    label = str(fill.cover.key)
+    local = local_tensor(fill.tensor, label)
+    for part in parts(fill.tensor, label):
+        here = local[tuple(slice(a, b) for a, b in zip(part.local.start, part.local.stop, strict=True))]
+        if fill.share is None:
+            yield part.region, here
+            continue
+        if not fill.share.block.size:
+            return
+        for block in blocks.clip(fill.share.block, tuple(fill.tensor.shape), part.region):
+            at, strides = blocks.linear(block, here.stride())
+            first = at - sum(a * stride for a, stride in zip(part.region.start, here.stride(), strict=True))
+            yield block.box, here.as_strided(block.box.shape, strides, here.storage_offset() + first)
 
 
 @dataclass(slots=True)
@@ -153,12 +181,12 @@ def _move(store: Store, block: Block, buffers: _Buffers, record: Record) -> None
     dtype: torch.dtype = getattr(torch, block.cover.spec.dtype)
     if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
         view = _bytes(target)
-        _read(store, block.cover, block.region, view, record)
+        _read(store, block.cover, block, view, record)
         _compare(store, block, view, record)
         return
     cuda = target.device.type == "cuda"
     staged = buffers.take(block.nbytes, pinned=cuda)
-    _read(store, block.cover, block.region, staged.numpy().data, record)
+    _read(store, block.cover, block, staged.numpy().data, record)
     _compare(store, block, staged.numpy().data, record)
     values = staged.view(dtype).reshape(block.region.shape)
     _check_range(block, values)
@@ -194,15 +222,15 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return view
 
 
-def _read(store: Store, cover: Cover, region: Box, view: memoryview, record: Record) -> None:
-    target = Fragment(region, Extent.contiguous("", 0, region.shape, cover.spec.dtype))
-    read_into(store, cover, target, view, record)
+def _read(store: Store, cover: Cover, block: Block, buffer: memoryview, record: Record) -> None:
+    target = Fragment(block.region, Extent.contiguous("", 0, block.region.shape, cover.spec.dtype))
+    read_into(store, cover, target, buffer, record, view=block.view)
 
 
 def _compare(store: Store, block: Block, view: memoryview, record: Record) -> None:
     for twin in block.twins:
         other = memoryview(bytearray(block.nbytes))
-        _read(store, twin, block.region, other, record)
+        _read(store, twin, block, other, record)
         if other != view:
             raise ConflictError(
                 f"{block.cover.key} and {twin.key} are one tensor in the target but differ in the checkpoint",
