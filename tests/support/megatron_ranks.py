@@ -115,9 +115,7 @@ def build(model: Model, grid: Grid) -> list[GPTModel]:
 
 def _chunk(model: Model, grid: Grid, settings: TransformerConfig, number: int) -> GPTModel:
     if model.expert_layers is None:
-        spec = get_gpt_layer_local_spec(
-            num_experts=model.experts, qk_layernorm=model.qk_norm, normalization=model.norm
-        )
+        spec = get_gpt_layer_local_spec(num_experts=model.experts, qk_layernorm=model.qk_norm, normalization=model.norm)
     else:
         spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False)
     stage = {"ignore_virtual": False, "vp_stage": number} if grid.vpp > 1 else {}

@@ -1,0 +1,1 @@
+"""Programs of the Megatron world, held against Megatron-Core's own modules."""
