@@ -123,10 +123,8 @@ class _Parser:
             self._block(before, blank)
             return
         if keyword is not None and self._open:
-            at = scanner.here()
-            raise scanner.error(
-                f"`{keyword}` stands outside of blocks only", at=at, hint=f'a tensor\'s name: "{keyword}"'
-            )
+            cause, hint = f"`{keyword}` stands outside of blocks only", f'as the name of a tensor: "{keyword}"'
+            raise scanner.error(cause, at=scanner.here(), hint=hint)
         read: Callable[[Scanner], Statement] = rule if keyword is None else DECLARATIONS[keyword]
         begin = scanner.mark()
         try:

@@ -34,7 +34,7 @@ COMMENT = re.compile(r"#([^\n]*)")
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 DIGITS = re.compile(r"[0-9]+")
 STATE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*|\*")
-_TOKEN = re.compile(r"[A-Za-z0-9_.\-]+|<->|->|<-|[^\n]")
+_TOKEN = re.compile(r"<->|->|<-|[A-Za-z0-9_.\-]+|[^\n]")
 
 
 class Scanner:
