@@ -273,9 +273,9 @@ MISFITS: dict[str, tuple[Expr, dict[str, object]]] = {
     r"must run from 0 to the size, 5$": (d("c", "tp"), {"cuts": {("c", ("tp",)): (1, 3, 5)}}),
     "must not fall": (d("c", "ep"), {"cuts": {("c", ("ep",)): (0, 4, 3, 5)}}),
     "does not say which of `c` each `tp` rank": (d("c", "@tp"), {}),
-    "index 1 is held twice, the second time by rank 1": (
+    "rank 1 holds an index twice": (
         d("c", "@tp"),
-        {"placements": {("c", "tp"): {0: (0, 1, 2), 1: (3, 4, 1)}}},
+        {"placements": {("c", "tp"): {0: (0, 1, 2), 1: (3, 4, 3)}}},
     ),
     "no rank holds index 2": (d("c", "@tp"), {"placements": {("c", "tp"): {0: (0, 1), 1: (3, 4)}}}),
     "rank 1 holds index 5, but `c` has 5": (

@@ -88,7 +88,7 @@ class Exporter:
         if local is None:
             return
         name = spell(ready.equation.source, local, offsets(ready.equation, self.setting.sizes))
-        shape, blocks = self.compiler.wanted(ready, values, coordinate, state, name)
+        shape, blocks = self.compiler.wanted(ready, values, coordinate, Held(name, (), "", given, state), self.logical)
         layout = ready.equation.layout
         found = tuple(Wanted(*item) for item in blocks)
         yield Shard(name, shape, given, found, layout.dtype if layout and state == "value" else None)
@@ -164,7 +164,7 @@ def export(
     all_flags = {**chosen, **{axis: n > 1 for axis, n in solver.mesh.items()}}
     rules = tuple(_tensors(checked, solver, matched, all_flags))
     compiler = Compiler(checked, solver, setting, all_flags)
-    return Exporter(checked, solver, setting, chosen, logical, rules, compiler)
+    return Exporter(checked, solver, setting, chosen, alike, rules, compiler)
 
 
 _Matched = Mapping[str, list[tuple[tuple[int, int], Values]]]

@@ -80,7 +80,7 @@ def _common(x: _Token, y: _Token) -> str:
     if x[0] == "text" and y[0] == "text":
         return x[1] if x[1] == y[1] else ""
     if x[0] != "text" and y[0] != "text":
-        return "1"
+        return "9"  # not below any usual offset
     character = x[1] if x[0] == "text" else y[1]
     run = y[0] if x[0] == "text" else x[0]
     if run == "digits":

@@ -114,16 +114,25 @@ class Compiler:
                 )
 
     def wanted(
-        self, ready: Ready, values: Mapping[str, int | str], coordinate: Mapping[str, int], state: str, name: str
+        self,
+        ready: Ready,
+        values: Mapping[str, int | str],
+        coordinate: Mapping[str, int],
+        shard: Held,
+        logical: Mapping[str, Shape],
     ) -> tuple[Shape, list[tuple[str, View, Block]]]:
-        """Local shape of the tensor `name` that a rule makes, and the logical name, view and block of each part of it.
+        """Local shape of a tensor that a rule makes, and the logical name, view and block of each part of it.
 
-        `values` are the captured ones over the whole model. The padding is the smallest that fits.
+        `values` are the captured ones over the whole model. Of `shard` the name and state are looked at, of the shapes
+        of `logical` tensors those that have no layout. The padding is the smallest that fits.
         """
-        shard = Held(name, (), "", coordinate, state)
         form = self.form(ready, shard)
         if form.layout is None or form.targets is None:
-            raise FitError(f"{name}: a rule without a layout has no shape of its own", hint="write its layout")
+            self._compute(ready.equation.targets[0].name, known := dict(values))
+            whole = spell(ready.equation.targets[0].name, known)
+            same = _identity(logical[whole], 1)
+            return same.shape, [(whole, same.views[0], same.blocks[0][0].block)]
+        state = shard.state
         fixed = {leaf: value for leaf, value in values.items() if leaf in ready.leaves and isinstance(value, int)}
         for axis in {*ready.axis_leaves, *form.each}:
             fixed[axis] = self.setting.index(axis, coordinate)
@@ -131,7 +140,7 @@ class Compiler:
         key = ("wanted", ready.equation.number, state, at, tuple(fixed.items()))
         if key not in self._kept:
             names = {n for layout in (form.layout, *form.targets) for dim in layout.dims for n in names_in(dim)}
-            require(self.solver, names, name)
+            require(self.solver, names, str(shard))
             try:
                 self._kept[key] = compile_layout(
                     form.layout,

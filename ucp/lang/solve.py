@@ -18,7 +18,7 @@ from ucp.lang.sums import evaluate, invert
 from ucp.layout import Mesh
 from ucp.layout.expr import Arith, Concat, Cut, Dim, Every, Expr, Pad, Product
 from ucp.layout.setting import Setting
-from ucp.layout.spell import spell_arith
+from ucp.layout.spell import spell, spell_arith
 
 Cuts = Mapping[tuple[str, tuple[str, ...]], tuple[int, ...]]
 Coordinate = Mapping[str, int]
@@ -150,18 +150,24 @@ def _step(solver: Solver, by_expr: Sequence[Sequence[Observation]]) -> bool:
 
 
 def _shape(solver: Solver, seen: Sequence[Observation]) -> bool:
-    expr = seen[0].expr
-    if len({one.length for one in seen}) > 1:
-        return _uneven(solver, seen)
-    unknown = names_in(expr) - solver.sizes.keys() - solver.mesh.keys()
-    unknown = {name for name in unknown if not name.isdecimal()}
-    if len(unknown) != 1 or has_pad(expr):
+    """What observations of one expression tell."""
+    if len({one.length for one in seen}) == 1:
+        return _length(solver, seen[0])
+    news = _uneven(solver, seen)
+    lengths = [_length(solver, one) for one in seen]
+    return news or any(lengths)
+
+
+def _length(solver: Solver, seen: Observation) -> bool:
+    """Solve for the only unknown size of an observation, if there is just one."""
+    unknown = {name for name in names_in(seen.expr) if solver.value(name) is None}
+    if len(unknown) != 1 or has_pad(seen.expr):
         return False
     (name,) = unknown
-    found = _linear(solver, expr, name, None)
+    found = _linear(solver, seen, seen.expr, name, None)
     if found is None or found[0] == 0:
         return False
-    return solver.learn(name, (seen[0].length - found[1]) / found[0], str(seen[0]))
+    return solver.learn(name, (seen.length - found[1]) / found[0], str(seen))
 
 
 def _count(solver: Solver, numbers: Numbered) -> None:
@@ -181,6 +187,12 @@ def _count(solver: Solver, numbers: Numbered) -> None:
 
 def _uneven(solver: Solver, seen: Sequence[Observation]) -> bool:
     """Shards of different lengths show where a dim was cut: lengths in rank order add up to boundaries."""
+    if not cuts_in(seen[0].expr):
+        other = next(one for one in seen if one.length != seen[0].length)
+        raise FitError(
+            f"{seen[0]}, but {other}: `{spell(seen[0].expr)}` cannot be both",
+            hint="a shard is of another model, or the program says the layout wrongly",
+        )
     cut = [dim for dim in dims_in(seen[0].expr) if dim.cuts and not any(c.placed for c in dim.cuts)]
     cut = [dim for dim in cut if (dim.name, axes_of(dim.cuts)) not in solver.cuts]
     if len(set(cut)) != 1:
@@ -188,7 +200,7 @@ def _uneven(solver: Solver, seen: Sequence[Observation]) -> bool:
     dim, axes = cut[0], axes_of(cut[0].cuts)
     lengths: dict[tuple[int, ...], int] = {}
     for one in seen:
-        found = _linear(solver, one.expr, dim.name, dim)
+        found = _linear(solver, one, one.expr, dim.name, dim)
         if found is None or found[0] == 0:
             return False
         local = (one.length - found[1]) / found[0]
@@ -220,7 +232,9 @@ def record(solver: Solver, name: str, axes: tuple[str, ...], lengths: Mapping[tu
     return True
 
 
-def _linear(solver: Solver, expr: Expr, name: str, local: Dim | None) -> tuple[Fraction, Fraction] | None:
+def _linear(
+    solver: Solver, seen: Observation, expr: Expr, name: str, local: Dim | None
+) -> tuple[Fraction, Fraction] | None:
     """`expr`'s local length as ``a * name + b``, or with `local` as ``a * (local length of that cut dim) + b``.
 
     None where something else is unknown, or the length is not linear.
@@ -228,16 +242,21 @@ def _linear(solver: Solver, expr: Expr, name: str, local: Dim | None) -> tuple[F
     if isinstance(expr, Dim):
         if expr == local:
             return Fraction(1), Fraction(0)
+        recorded = _recorded(solver, expr, dict(seen.coordinate))
+        if recorded is not None:
+            return Fraction(0), Fraction(recorded)
         ranks = _ranks(solver, expr.cuts)
         value = solver.value(expr.name)
-        if ranks is None or (expr.name, axes_of(expr.cuts)) in solver.cuts:
+        if ranks is None:
             return None
         if expr.name == name and local is None:
             return Fraction(1, ranks), Fraction(0)
         return None if value is None else (Fraction(0), Fraction(value, ranks))
     if isinstance(expr, Pad | Every):
         return None
-    parts = [_linear(solver, part, name, local) for part in (expr.items if isinstance(expr, Product) else expr.parts)]
+    parts = [
+        _linear(solver, seen, part, name, local) for part in (expr.items if isinstance(expr, Product) else expr.parts)
+    ]
     ranks = _ranks(solver, expr.cuts)
     if ranks is None:
         return None
@@ -252,6 +271,18 @@ def _linear(solver: Solver, expr: Expr, name: str, local: Dim | None) -> tuple[F
         else:
             a, b = a * part[1] + b * part[0], b * part[1]
     return a / ranks, b / ranks
+
+
+def _recorded(solver: Solver, dim: Dim, coordinate: Coordinate) -> int | None:
+    """How much of a dim with recorded cuts a coordinate holds."""
+    axes = axes_of(dim.cuts)
+    bounds = solver.cuts.get((dim.name, axes))
+    if bounds is None or any(axis not in coordinate and solver.mesh.get(axis, 1) > 1 for axis in axes):
+        return None
+    which = 0
+    for axis in axes:
+        which = which * solver.mesh[axis] + coordinate.get(axis, 0)
+    return bounds[which + 1] - bounds[which] if which + 1 < len(bounds) else None
 
 
 def _ranks(solver: Solver, cuts: Sequence[Cut]) -> int | None:

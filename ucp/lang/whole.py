@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ucp.lang.ast import Capture, Condition, Pack, Pattern
 from ucp.lang.error import nearest
@@ -12,7 +12,10 @@ from ucp.lang.overlap import both_match
 from ucp.lang.scope import Scope, aligners, names_of
 from ucp.lang.sides import Ready
 from ucp.lang.solve import cuts_in, dims_in, names_in
+from ucp.lang.sums import evaluate
 from ucp.layout.branches import branches_in
+
+_OUT_OF_REACH = 1 << 62
 
 
 def check_declarations(scope: Scope) -> None:
@@ -107,14 +110,17 @@ def _used(scope: Scope, rules: Sequence[Ready]) -> set[str]:
 
 def check_overlaps(scope: Scope, rules: Sequence[Ready]) -> None:
     """No tensor name may match two rules that can hold together."""
-    matchers = [Matcher.of(ready.equation.source, ready.numbers) for ready in rules]
+    defaults = {name: n.default for n in scope.flat.sizes if n.default is not None for name in n.names}
+    matchers = [
+        Matcher.of(ready.equation.source, ready.numbers, _offsets(ready.equation.source, defaults)) for ready in rules
+    ]
     for b, second in enumerate(rules):
         for a, first in enumerate(rules[:b]):
             one, other = first.equation, second.equation
             if _exclusive(one.conditions, other.conditions) or not (one.imports and other.imports):
                 continue
             example = both_match(matchers[a], matchers[b])
-            if example is not None:
+            if example is not None and all(matchers[i].match(example) is not None for i in (a, b)):
                 scope.fail(
                     other.source.at or other.at,
                     "match",
@@ -128,6 +134,16 @@ def check_overlaps(scope: Scope, rules: Sequence[Ready]) -> None:
                     f"this rule and that of line {one.at[0] if one.at else '?'} produce the same logical tensor",
                     "make both optional if only one is ever there, or name two tensors and `tie` them",
                 )
+
+
+def _offsets(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Offsets of captured numbers; one that is not known yet is so large that no number reaches it."""
+    found = {}
+    for capture in captures(pattern):
+        if capture.offset is not None:
+            value = evaluate(capture.offset, sizes.get)
+            found[capture.name] = _OUT_OF_REACH if value is None else int(value)
+    return found
 
 
 def _same_product(one: Equation, other: Equation) -> bool:

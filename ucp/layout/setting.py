@@ -21,7 +21,8 @@ class Setting:
 
     `cuts` maps (name of the dim, axes outermost first) to one boundary more than there are pieces, row-major over the
     axes; the name of a composed dim is its text, ``(vocab + _)``. `placements` maps (dim, axis) to the global indices
-    that each coordinate of the axis holds, in local order. None of the mappings may change afterwards.
+    that each coordinate of the axis holds, in local order; what several hold are replicas. None of the mappings may
+    change afterwards.
     """
 
     mesh: Mesh
@@ -192,11 +193,11 @@ def _check_placement(placement: Mapping[int, tuple[int, ...]], name: str, axis: 
         raise FitError(f"{where}: it tells of ranks {sorted(placement)}, but `{axis}` has {degree}")
     held = bytearray(length)
     for rank, indices in sorted(placement.items()):
+        if len(set(indices)) < len(indices):
+            raise FitError(f"{where}: rank {rank} holds an index twice")
         for index in indices:
             if not 0 <= index < length:
                 raise FitError(f"{where}: rank {rank} holds index {index}, but `{name}` has {length}")
-            if held[index]:
-                raise FitError(f"{where}: index {index} is held twice, the second time by rank {rank}")
             held[index] = 1
     if 0 in held:
         raise FitError(f"{where}: no rank holds index {held.index(0)}")
