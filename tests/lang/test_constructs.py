@@ -245,5 +245,5 @@ def test_casts_are_said_on_both_sides() -> None:
     program = parse("format 1\nsize h\nw bf16[h] <-> w f32[h] lossy\n")
     bound = bind(program, [Held("w", (2,), "bfloat16")], mesh=Mesh({}))
     assert bound.tensors["w", "value"].dtype == "float32"
-    with pytest.raises(FitError, match="w is float16, but .* says bf16"):
+    with pytest.raises(FitError, match=r"w is float16, but .* says bf16"):
         bind(program, [Held("w", (2,), "float16")], mesh=Mesh({}))
