@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from ucp.layout import (
@@ -75,10 +75,10 @@ def compiled_blocks(draw: st.DrawFn) -> tuple[Block, Shape, View]:
     return block, found.shape, view
 
 
-few = settings(max_examples=150, deadline=None)
+mixed = settings(suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 
 
-@few
+@mixed
 @given(st.data())
 def test_clipping_keeps_what_lies_in_the_region(data: st.DataObject) -> None:
     block, shard, view = data.draw(compiled_blocks())
@@ -97,7 +97,7 @@ def positions(region: Region, shape: Shape) -> set[int]:
     return {dot(list(at), row_major_strides(shape)) for at in index}
 
 
-@few
+@mixed
 @given(st.data())
 def test_a_box_of_the_view_keeps_its_part(data: st.DataObject) -> None:
     block, shard, view = data.draw(compiled_blocks())
@@ -108,7 +108,7 @@ def test_a_box_of_the_view_keeps_its_part(data: st.DataObject) -> None:
     assert (once([part], shard, view) if part else set()) == kept
 
 
-@few
+@mixed
 @given(compiled_blocks())
 def test_linear_is_the_place_in_a_strided_shard(found: tuple[Block, Shape, View]) -> None:
     block, shard, view = found
@@ -148,7 +148,7 @@ def blocks_in_views(draw: st.DrawFn) -> tuple[Block, Shape, View]:
     return Block(box, (0,), steps), (math.prod(shard),), view
 
 
-@few
+@mixed
 @given(st.data())
 def test_restated_blocks_are_the_same_elements(data: st.DataObject) -> None:
     block, shard, view = data.draw(blocks_in_views())
@@ -157,7 +157,7 @@ def test_restated_blocks_are_the_same_elements(data: st.DataObject) -> None:
     assert once(restate(block, view, to), shard, to) == set(pairs(block, shard, view))
 
 
-@few
+@mixed
 @given(st.data())
 def test_boxes_of_the_tensor_in_a_view(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.sampled_from([1, 2, 4, 6, 12, 24]), min_size=1, max_size=3).map(tuple))
@@ -168,7 +168,7 @@ def test_boxes_of_the_tensor_in_a_view(data: st.DataObject) -> None:
     assert len(found) <= bound
 
 
-@few
+@mixed
 @given(st.data())
 def test_spread_blocks_are_the_same_elements(data: st.DataObject) -> None:
     block, shard, view = data.draw(blocks_in_views())

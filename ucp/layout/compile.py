@@ -57,10 +57,10 @@ def compile_layout(
     """Blocks of each of `targets` that the tensor with the layout `source` holds at `coordinate`.
 
     `coordinate` needs an index on every axis that cuts the tensor, unless the axis has one rank. `fixed` are GLOBAL
-    values of leaves that the name of the source tensor or its coordinate fixes; every target must have each of them.
-    ``captured[k]`` are the leaves in the name of target k, fixed or dims of the source. `pad` are the sizes of the
-    padding; without it the smallest that fits. `parts` says which branch of the source each target is (without it:
-    the branches in order).
+    values of leaves that the name of the source tensor or its coordinate fixes; every target must have each of them,
+    apart from axes, which a target has only where its tensors differ along them. ``captured[k]`` are the leaves in the
+    name of target k, fixed or dims of the source. `pad` are the sizes of the padding; without it the smallest that
+    fits. `parts` says which branch of the source each target is (without it: the branches in order).
 
     LayoutError where the equation makes no sense at any mesh, FitError where sizes, cuts or mesh do not fit it.
     """
@@ -137,10 +137,11 @@ def _compiled(
         raise LayoutError(f"{len(found)} parts on the left, {len(targets)} tensors on the right", node=source)
     contents = _contents(source, setting, dict(coordinate), None if pad is None else dict(pad))
     held = [way for way in itertools.product(*(item.branches for item in contents)) if None not in way]
+    ranks = frozenset(axis for axis, _ in setting.mesh.axes)
     views, plans = [], []
     for target, part, names in zip(targets, parts, captured, strict=True):
         dims = [target_dims(dim) for dim in target.dims]
-        _check_leaves(found[part], target, dims, fixed, names)
+        _check_leaves(found[part], target, dims, fixed, names, ranks)
         views.append(View(tuple(tuple(setting.size(dim) for dim in group) for group in dims)))
         leaves = [dim.name for group in dims for dim in group]
         pieces = [pieces for pieces in held[part] if pieces is not None]
@@ -163,14 +164,19 @@ def _contents(layout: Layout, setting: Setting, coordinate: Mapping[str, int], p
 
 
 def _check_leaves(
-    branch: Branch, target: Layout, dims: Sequence[tuple[Dim, ...]], fixed: frozenset[str], captured: frozenset[str]
+    branch: Branch,
+    target: Layout,
+    dims: Sequence[tuple[Dim, ...]],
+    fixed: frozenset[str],
+    captured: frozenset[str],
+    ranks: frozenset[str],
 ) -> None:
-    """Both sides must hold the same leaves, each once; an axis may cut a branch once."""
+    """Both sides must hold the same leaves, each once; an axis may cut a branch once. `ranks` are axes."""
     for axis, cut in zip(branch.axes, branch.cuts, strict=True):
         if branch.axes.count(axis) > 1:
             raise LayoutError(f"axis `{axis}` cuts the same tensor twice", node=cut)
-    left = [*branch.leaves, *sorted(fixed)]
     right = [dim.name for group in dims for dim in group if dim.name != "1"] + sorted(captured)
+    left = [*branch.leaves, *(name for name in sorted(fixed) if name in right or name not in ranks)]
     for side, names, others in (("left", left, right), ("right", right, left)):
         for name in names:
             if names.count(name) > 1:

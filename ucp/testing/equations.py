@@ -28,6 +28,16 @@ class Equation:
     fixed: tuple[str, ...]
     captured: tuple[frozenset[str], ...]
 
+    @property
+    def replicated(self) -> bool:
+        """Whether ranks hold the same because the placement of a dim says so."""
+        return any(len(set(sum(held.values(), ()))) < sum(map(len, held.values())) for held in self.placed)
+
+    @property
+    def placed(self) -> tuple[Mapping[int, tuple[int, ...]], ...]:
+        """Every placement."""
+        return tuple(self.setting.placements.values())
+
     def fixed_at(self, coordinate: Mapping[str, int], values: Mapping[str, int]) -> dict[str, int]:
         """Values of the fixed leaves at `coordinate`: those of axes are its own."""
         return {name: coordinate[name] if name in coordinate else values[name] for name in self.fixed}
@@ -125,7 +135,10 @@ class _Maker:
         if (name, axis) not in self.placements:
             order = self.draw(st.permutations(range(size)))
             at = self.boundaries(size, self.mesh[axis])
-            self.placements[name, axis] = {k: tuple(order[at[k] : at[k + 1]]) for k in range(self.mesh[axis])}
+            placed = {k: tuple(order[at[k] : at[k + 1]]) for k in range(self.mesh[axis])}
+            if self.draw(st.integers(0, 3)) == 0:
+                placed[0] += tuple(index for index in order[at[1] :] if self.draw(st.booleans()))
+            self.placements[name, axis] = placed
         held = self.placements[name, axis].values()
         rest = math.prod(self.mesh[cut.axis] for cut in cuts[1:])
         # Only what is even at every rank can be cut again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 from hypothesis import strategies as st
@@ -33,6 +34,8 @@ from ucp.lang.ast import (
 from ucp.lang.scan import DTYPES, RESERVED
 from ucp.layout.expr import Arith, Cut, Dim, Every, Expr, Layout, Name, Number, Operation, Pad, concat, product
 
+NamePart = str | Capture | Computed | Wild
+
 identifiers = st.one_of(
     st.sampled_from(
         "tp pp dp ep hidden ffn vocab heads groups d r l e like param align to reversed mesh f32 a_1".split()
@@ -54,6 +57,7 @@ _QUOTED = ["a b", '"', "\\", "*", "**", "é", "#", "->", "\t"]
 _words = st.sampled_from([*_PLAIN, *_QUOTED])
 
 
+@cache
 def arithmetic() -> st.SearchStrategy[Arith]:
     """What stands after ``=`` in a `let`."""
     leaves: st.SearchStrategy[Arith] = st.one_of(st.builds(Number, _numbers), st.builds(Name, identifiers))
@@ -61,6 +65,7 @@ def arithmetic() -> st.SearchStrategy[Arith]:
     return st.recursive(leaves, lambda inner: st.builds(Operation, ops, inner, inner), max_leaves=6)
 
 
+@cache
 def expressions() -> st.SearchStrategy[Expr]:
     """A dim of a layout."""
     pads = st.builds(Pad, st.none() | arithmetic())
@@ -79,31 +84,38 @@ def _concats(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
     return st.builds(concat, st.lists(inner, min_size=2, max_size=3).map(tuple), cuts)
 
 
+@cache
 def layouts() -> st.SearchStrategy[Layout]:
     """A layout with or without an element type."""
     dims = st.lists(expressions(), max_size=3).map(tuple)
     return st.builds(Layout, dims, st.none() | st.sampled_from(DTYPES))
 
 
-@st.composite
-def names(draw: st.DrawFn, *, wild: bool = False) -> Pattern:
+@cache
+def names(*, wild: bool = False) -> st.SearchStrategy[Pattern]:
     """A name with captures; with `wild`, of a `drop`."""
-    special: list[st.SearchStrategy[str | Capture | Computed | Wild]] = [
+    special: list[st.SearchStrategy[NamePart]] = [
         st.builds(Capture, identifiers, cuts, st.none() | arithmetic()),
         st.builds(Computed, arithmetic()),
     ]
     if wild:
         special.append(st.just(Wild()))
-    parts: list[str | Capture | Computed | Wild] = []
-    for part in draw(st.lists(st.one_of(_words, _words, *special), max_size=4)):
-        before = parts[-1] if parts else None
+    return st.lists(st.one_of(_words, _words, *special), max_size=4).map(_pattern)
+
+
+def _pattern(parts: list[NamePart]) -> Pattern:
+    """Neighbouring text joined, and no ``**`` beside another."""
+    found: list[NamePart] = []
+    for part in parts:
+        before = found[-1] if found else None
         if isinstance(part, str) and isinstance(before, str):
-            parts[-1] = before + part
+            found[-1] = before + part
         elif not (isinstance(part, Wild) and isinstance(before, Wild)):
-            parts.append(part)
-    return Pattern(tuple(parts))
+            found.append(part)
+    return Pattern(tuple(found))
 
 
+@cache
 def sides() -> st.SearchStrategy[Side]:
     """A tensor of an equation."""
     return st.builds(Side, names(), st.none() | layouts())
@@ -118,6 +130,7 @@ comments = st.builds(Comments, _lines, st.none() | st.sampled_from(["", " why", 
 """Comments around a statement."""
 
 
+@cache
 def rules() -> st.SearchStrategy[Rule]:
     """An equation."""
     targets = st.lists(sides(), min_size=1, max_size=3).map(tuple)
@@ -126,6 +139,7 @@ def rules() -> st.SearchStrategy[Rule]:
     return st.builds(Rule, sides(), arrows, targets, _reduces, _on, _conditions, *flags, comments=comments)
 
 
+@cache
 def blocks() -> st.SearchStrategy[In]:
     """An `in` with rules and blocks."""
 
@@ -137,6 +151,7 @@ def blocks() -> st.SearchStrategy[In]:
     return block(st.recursive(rules(), block, max_leaves=4))
 
 
+@cache
 def packs() -> st.SearchStrategy[Pack]:
     """A flat buffer of many parameters."""
     every = st.builds(Every, expressions())
@@ -146,6 +161,7 @@ def packs() -> st.SearchStrategy[Pack]:
     return st.builds(Pack, names(), exprs, st.booleans(), comments=comments)
 
 
+@cache
 def states() -> st.SearchStrategy[State]:
     """How optimizer states lie."""
     named = st.lists(_state_names, min_size=1, max_size=3).map(tuple)
@@ -156,6 +172,7 @@ def states() -> st.SearchStrategy[State]:
     return st.one_of(like, own)
 
 
+@cache
 def declarations() -> st.SearchStrategy[Statement]:
     """A statement that is neither a rule nor a block."""
     parts = st.lists(identifiers, min_size=2, max_size=3).map(tuple)
@@ -174,6 +191,7 @@ def declarations() -> st.SearchStrategy[Statement]:
     )
 
 
+@cache
 def programs() -> st.SearchStrategy[Program]:
     """A whole program."""
     statements = st.lists(st.one_of(declarations(), rules(), blocks()), max_size=5).map(tuple)
