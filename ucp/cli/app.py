@@ -12,7 +12,7 @@ import click
 from ucp.cli.failure import report
 from ucp.cli.output import Output
 
-COMMANDS = ("info", "ls", "tree", "show", "state", "plan", "convert", "verify", "demo", "completion")
+COMMANDS = ("info", "ls", "tree", "show", "state", "plan", "convert", "verify", "spec", "demo", "completion")
 PREFIX = "UCP"
 
 

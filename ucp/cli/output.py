@@ -82,9 +82,11 @@ class Output:
             self.json({"error": {"code": code, "message": message, "hint": hint, "exit_code": exit_code}})
             return
         colour = _has_colour(sys.stderr)
-        _write(sys.stderr, _render([(f"error[{code}]: ", "red"), message], colour=colour, keep="\n"))
+        marked = code == "program" and ": error[" in message  # it tells the place and its kind first, as compilers do
+        lead: list[Span] = [] if marked else [(f"error[{code}]: ", "red")]
+        _write(sys.stderr, _render([*lead, message], colour=colour, keep="\n"))
         if hint:
-            _write(sys.stderr, "\n" + _render([("hint: ", "cyan"), hint], colour=colour, keep="\n"))
+            _write(sys.stderr, ("" if marked else "\n") + _render([("hint: ", "cyan"), hint], colour=colour, keep="\n"))
 
 
 def jsonable(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import click
 
@@ -45,16 +46,29 @@ Any other option is `UCP_`, the command and the option's long name: `UCP_CONVERT
 def reference() -> str:
     """The whole page."""
     sections = [_HEAD, _exit_codes(), _JSON, _ENVIRONMENT, _help("ucp", program)]
-    for name in COMMANDS:
-        command = program.get_command(click.Context(program), name)
-        assert isinstance(command, Command)
-        sections += [_help(name, command), _keys(command)]
+    for name, command in commands():
+        sections.append(_help(f"ucp {name}", command))
+        if isinstance(command, Command):
+            sections.append(_keys(command))
     return "\n".join(sections)
 
 
+def commands() -> Iterator[tuple[str, click.Command]]:
+    """Every command with its name, those of a group after it: ``spec``, ``spec check``."""
+    for name in COMMANDS:
+        command = program.get_command(click.Context(program), name)
+        assert command is not None
+        yield name, command
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for inner in command.list_commands(context):
+                found = command.get_command(context, inner)
+                assert found is not None
+                yield f"{name} {inner}", found
+
+
 def _help(name: str, command: click.Command) -> str:
-    parent = None if command is program else click.Context(program, info_name="ucp")
-    context = click.Context(command, info_name=name, parent=parent, max_content_width=_WIDTH, terminal_width=_WIDTH)
+    context = click.Context(command, info_name=name, max_content_width=_WIDTH, terminal_width=_WIDTH)
     context.help_option_names = ["-h", "--help"]
     return f"## {context.command_path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
 
