@@ -1,7 +1,7 @@
 """Real Megatron-Core models on CPU: what a test asks for, and what it gets back.
 
-A `Family` of checkpoints is one model with fixed weights as several grids of ranks hold it. The weights are drawn at one
-rank and saved; every other grid loads them with Megatron-Core's own resharding, so what its ranks hold is the
+A `Family` of checkpoints is one model with fixed weights as several grids of ranks hold it. The weights are drawn on
+one rank and saved; every other grid loads them with Megatron-Core's own resharding, so what its ranks hold is the
 framework's word and nobody else's. Each grid also runs its own forward pass.
 """
 

@@ -1,4 +1,4 @@
-"""Lets Megatron-Core 0.16 run without an accelerator. Imported in a job's own process only: it changes torch for good."""
+"""Lets Megatron-Core 0.16 run without an accelerator. Used in a job's own process only: it changes torch for good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run real Megatron-Core models on CPU.   python -m tests.support.megatron_job -   with the jobs as JSON on standard input.
+"""Run real Megatron-Core models on CPU: ``python -m tests.support.megatron_job -``, with the jobs as JSON on stdin.
 
 Megatron-Core is imported once and every grid's ranks are forked from that process.
 """

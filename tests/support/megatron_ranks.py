@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -20,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.numpy import save_file
 from torch import distributed
+from torch.nn import functional
 
 from tests.support.megatron import ONE, Grid, Model, tokens
 
@@ -52,7 +52,7 @@ def config(model: Model, grid: Grid) -> TransformerConfig:
         "ffn_hidden_size": model.ffn,
         "normalization": model.norm,
         "gated_linear_unit": model.gated,
-        "activation_func": F.silu if model.gated else _gelu_tanh,
+        "activation_func": functional.silu if model.gated else _gelu_tanh,
         "add_bias_linear": model.bias,
         "add_qkv_bias": model.qkv_bias,
         "qk_layernorm": model.qk_norm,
@@ -82,7 +82,7 @@ def config(model: Model, grid: Grid) -> TransformerConfig:
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate="tanh")
+    return functional.gelu(x, approximate="tanh")
 
 
 def _expert_options(model: Model) -> dict[str, Any]:

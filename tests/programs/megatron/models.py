@@ -24,9 +24,9 @@ MIXED = Model("mixed", experts=4, ffn_shared=28, expert_layers=(0, 1, 1, 1))
 """A dense layer before those with experts, and an expert that all tokens share."""
 
 GRIDS: dict[Model, tuple[Grid, ...]] = {
-    LLAMA: (Grid(tp=2), Grid(pp=2), Grid(tp=2, pp=2), Grid(pp=2, vpp=2), Grid(tp=4), Grid(tp=2, dp=2)),
+    LLAMA: (Grid(tp=2), Grid(tp=2, pp=2), Grid(pp=2, vpp=2), Grid(tp=4), Grid(tp=2, dp=2)),
     GPT: (Grid(tp=4), Grid(tp=2, pp=2), Grid(pp=2, vpp=2)),
-    QWEN2: (Grid(tp=2), Grid(tp=2, pp=2)),
+    QWEN2: (Grid(tp=2, pp=2),),
     QWEN3: (Grid(tp=2, pp=2), Grid(tp=4)),
     MIXTRAL: (
         Grid(ep=2, dp=2),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.programs.megatron.models import CASES, GPT, LLAMA, MIXTRAL, NAMES, QWEN2, QWEN3, logical
+from tests.programs.megatron.models import GPT, GRIDS, LLAMA, MIXTRAL, QWEN2, QWEN3, logical
 from tests.support.megatron import ONE, Model, tokens
 from ucp.lang import load_program
 from ucp.lang.arrays import at, scatter
@@ -25,7 +25,6 @@ class Twin:
     cls: str
     config: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
-    size: str = "heads"
 
 
 def _llama_like(model: Model, **more: Any) -> dict[str, Any]:
@@ -73,7 +72,6 @@ TWINS = {
         },
     ),
 }
-THESE = [(model, grid) for model, grid in CASES if model in TWINS]
 
 
 def _module(model: Model, tensors: dict[str, np.ndarray]) -> Any:
@@ -95,20 +93,10 @@ def _module(model: Model, tensors: dict[str, np.ndarray]) -> Any:
 
 
 @pytest.mark.parametrize("model", TWINS, ids=lambda model: model.name)
-def test_one_rank_means_the_same_to_both(families, model):
-    held = families[model.name].grids[ONE]
-    module = _module(model, logical(model, held))
-    with torch.no_grad():
-        logits = module(torch.from_numpy(tokens(model))).logits.numpy()
-    np.testing.assert_allclose(logits, held.logits, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("model", "grid"), THESE, ids=[n for n, (m, _) in zip(NAMES, CASES, strict=True) if m in TWINS]
-)
-def test_many_ranks_mean_the_same_to_both(families, model, grid):
-    """Logits the framework computed on that grid, against a module made of what its ranks held."""
-    held = families[model.name].grids[grid]
+@pytest.mark.parametrize("many", [False, True], ids=["one rank", "many ranks"])
+def test_both_compute_the_same(families, model, many):
+    """Logits that Megatron-Core computed on a grid, against a module made of what that grid's ranks held."""
+    held = families[model.name].grids[GRIDS[model][-1] if many else ONE]
     module = _module(model, logical(model, held))
     with torch.no_grad():
         logits = module(torch.from_numpy(tokens(model))).logits.numpy()
