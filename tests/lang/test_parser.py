@@ -213,29 +213,29 @@ def test_a_node_on_several_lines_stands_on_its_first() -> None:
 
 
 HOSTILE = {
-    "brackets": "a [" + "(" * 1_0,
+    "brackets": "a [" + "(" * 250_000,
     "min": "let a = " + "min(" * 62_500,
     "blocks": "in a {\n" * 37_500,
     "sums": "let a = " + "b + " * 62_500 + "b",
     "cuts": "a [x" + "/tp" * 75_000 + "] -> b",
     "dims": "a [" + "x," * 100_000 + "x] -> b",
     "products": "a [" + "x " * 100_000 + "] -> b",
-    "stars": "pack a [" + "*" * 1_0,
-    "blank lines": "a [x" + "\n" * 1_0,
+    "stars": "pack a [" + "*" * 250_000,
+    "blank lines": "a [x" + "\n" * 250_000,
     "comments": "a [x" + "\n#" * 125_000,
     "rules": "a -> b\n" * 35_000,
     "names without arrow": "mesh" + "\n# x" * 62_500 + "\nmesh",
     "name": "a." * 125_000,
     "captures": "{a}." * 62_500 + " -> b",
     "wild": "drop " + "**." * 75_000,
-    "quote": '"' + "a" * 1_0,
+    "quote": '"' + "a" * 250_000,
     "quoted braces": '"' + "{{" * 125_000 + '" -> b',
-    "digits": "a [" + "9" * 1_0 + "] -> b",
+    "digits": "a [" + "9" * 250_000 + "] -> b",
     "targets": "a -> " + "b,\n" * 75_000 + "b",
     "clauses": "a -> b" + " when x" * 37_500,
-    "blanks": "a" + " " * 1_0 + "-> b",
+    "blanks": "a" + " " * 250_000 + "-> b",
     "arrows": "a " + "<-" * 125_000,
-    "control": "a" * 1_0 + "\0",
+    "control": "a" * 250_000 + "\0",
 }
 
 
