@@ -35,20 +35,34 @@ class DeepSpeedUniversal:
         _only_tag(options)
         return read(store, tag=tag)
 
-    def target(self, catalog: Catalog, store: Store, *, tag: str | None = None, **options: Any) -> UniversalFolder:
+    def target(
+        self, catalog: Catalog, store: Store, *, tag: str | None = None, mp: int | str = 1, **options: Any
+    ) -> UniversalFolder:
         """Lay `catalog` out as a save root with one universal folder, ``<tag>_universal``.
 
-        `tag` is ``global_step<N>`` where it is not given. FitError for what such a folder cannot hold: states of
-        another shape than the parameter's, several steps in one optimizer group, names that are no path.
+        `tag` is ``global_step<N>`` where it is not given. `mp` is the number of model-parallel ranks (pipeline stages
+        times tensor-parallel ranks) of the job that resumes: DeepSpeed before September 2026 looks for as many model
+        files, later versions are content with one whatever the job. FitError for what such a folder cannot hold:
+        states of another shape than the parameter's, several steps in one optimizer group, names that are no path.
         """
-        _only_tag(options)
-        return make_target(catalog, store, tag=tag)
+        if options:
+            raise UsageError(f"{FAMILY}: unknown option {next(iter(options))!r}", hint="known: tag mp")
+        return make_target(catalog, store, tag=tag, mp=_ranks(mp))
 
 
 def _only_tag(options: dict[str, Any]) -> None:
     if options:
         raise UsageError(f"{FAMILY}: unknown option {next(iter(options))!r}", hint="known: tag")
 
+
+def _ranks(mp: int | str) -> int:
+    """A number of ranks; the command line gives text."""
+    if not str(mp).isdecimal() or not 1 <= int(mp) <= _MOST_RANKS:
+        raise UsageError(f"{FAMILY}: mp is a number of ranks, not {mp!r}")
+    return int(mp)
+
+
+_MOST_RANKS = 4096
 
 CONVERTER = DeepSpeedUniversal()
 

@@ -145,6 +145,28 @@ class Info:
             raise FitError(f"{parameter.name}: a fused vocabulary with padding", hint=PROGRAM_HINT)
         return replace(cut, rows=rows)
 
+    def is_cut_by_rows(self, name: str) -> bool:
+        """Whether ranks hold columns of this weight, that is rows of its transpose."""
+        return bool(self.lists[_ROWS].matching(name))
+
+    def is_halved(self, name: str) -> bool:
+        """Whether it is two parts, cut each by itself along the first dim."""
+        return bool(self.lists[_TWO].matching(name))
+
+    def is_vocabulary(self, name: str) -> bool:
+        """Whether its first dim is the vocabulary."""
+        return bool(self.lists[_VOCABULARY].matching(name))
+
+    def declaration(self, name: str) -> tuple[str, Declaration] | None:
+        """Pattern and declaration of its sub-parameters."""
+        return self._sub(name)
+
+    @property
+    def is_silent_on_rows(self) -> bool:
+        """Whether it speaks of a vocabulary and of nothing else, as a job that is not tensor parallel does."""
+        cut = [*self.lists[_ROWS].listed, *self.lists[_REPLICATED].listed, *self.affine]
+        return bool(self.lists[_VOCABULARY].listed) and not cut
+
     @property
     def unused(self) -> list[str]:
         """Patterns that matched no parameter; affine maps do not count, as in DeepSpeed."""
@@ -169,6 +191,12 @@ def _whole(parameter: Parameter, whole: Whole) -> Whole:
 
 def _listed(shapes: Sequence[Shape]) -> str:
     return " and ".join(dict.fromkeys(str(list(shape)) for shape in shapes))
+
+
+def info_of(state: Mapping[str, Tree]) -> Tree:
+    """The metadata in a catalog's training state, None if there is none."""
+    client = state.get("client_state")
+    return client.get(INFO) if isinstance(client, Mapping) else None
 
 
 def read_info(tree: Tree, where: str) -> Info:

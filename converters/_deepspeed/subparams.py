@@ -68,6 +68,19 @@ def cut_of(declared: Declaration, name: str, shapes: Sequence[Shape], widths: Tr
     return fused(dim, parts, outer=before, inner=after)
 
 
+def whole_view(declared: Declaration, name: str, shape: Shape, widths: Tree = None) -> tuple[Tree, ...]:
+    """The view of the whole parameter of `shape`, with the sizes of the parts where the cut dim is."""
+    recorded = None if widths is None else nodes.sequence(widths, name)
+    parts = [sum(nodes.shape(part, name)) for part in recorded] if recorded else None
+    if parts is None and not isinstance(declared.told, tuple) and -1 in declared.around:
+        parts = list(_sizes(name, declared.told, shape[declared.dim] if len(shape) > declared.dim else 0))
+    if parts is None:
+        known = sum(declared.told) if isinstance(declared.told, tuple) else None
+        parts = list(_sizes(name, declared.told, _view(declared, name, numel(shape), known)[2]))
+    told = tuple(parts) if len(parts) > 1 else parts[0]
+    return (*declared.shape[: declared.dim], told, *declared.shape[declared.dim + 1 :])
+
+
 def _recorded(name: str, widths: Tree, ranks: int) -> list[tuple[int, ...]]:
     where = f"sub_param_shard_widths of {name}"
     parts = [nodes.shape(part, where) for part in nodes.sequence(widths, where)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ucp.catalog import Catalog
@@ -12,9 +12,8 @@ from ucp.layout import FlatRange
 from ucp.mapping import consolidate
 from ucp.run.gather import read_region
 from ucp.store import Store
-from ucp.tree import Tree
 
-from .info import INFO, PROGRAM_HINT, Info, Parameter, read_info
+from .info import INFO, PROGRAM_HINT, Info, Parameter, info_of, read_info
 from .load import MIXED_HINT
 from .translate import Translation, translate
 
@@ -68,12 +67,6 @@ def _info(first: Catalog, degree: int) -> Info:
             hint=PROGRAM_HINT,
         )
     return read_info(told, f"{first.url}: {INFO}")
-
-
-def info_of(state: Mapping[str, Tree]) -> Tree:
-    """The metadata in a catalog's training state, None if there is none."""
-    client = state.get("client_state")
-    return client.get(INFO) if isinstance(client, Mapping) else None
 
 
 def _unused(url: str, unused: Sequence[str], *, strict: bool) -> list[str]:

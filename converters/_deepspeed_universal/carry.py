@@ -29,6 +29,7 @@ _CALLED = frozenset(
         "datetime.timezone",
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
         "pathlib.PosixPath",
         "pathlib.PurePosixPath",

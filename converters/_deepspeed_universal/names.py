@@ -19,6 +19,13 @@ MODEL_STATES = "mp_rank_00_model_states.pt"
 MODEL_STATES_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 """What a ZeRO-3 job looks for before anything else."""
 
+
+def model_files(mp: int, *, zero3: bool) -> list[str]:
+    """The model files of a folder for `mp` model-parallel ranks, those for ZeRO-3 jobs last."""
+    paths = [MODEL_STATES.replace("00", f"{rank:02d}") for rank in range(mp)]
+    return paths + [f"zero_pp_rank_0_{path}" for path in paths if zero3]
+
+
 VALUE_FILE = "fp32"
 _MOST_NAME_BYTES = 255
 

@@ -8,8 +8,9 @@ Stages 1 and 2 write each state as ``{"param": tensor of the parameter's shape, 
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,12 +64,18 @@ def _model_name(names: list[str]) -> str | None:
 
 @dataclass(slots=True)
 class _Found:
-    """What was read so far."""
+    """What was read so far.
+
+    `ranks` is the number of model files: where there are several, each knows the shapes of its own pieces, and `parts`
+    are the names of each optimizer group over all of them.
+    """
 
     prefix: str
     model: Mapping[str, Tree]
     optimizer: Mapping[str, Tree]
     shapes: dict[str, Shape]
+    parts: list[dict[str, Tree]]
+    ranks: int
     files: list[TorchFile] = field(default_factory=list)
     fragments: dict[Key, tuple[Fragment, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -86,7 +93,8 @@ def read(store: Store, *, tag: str | None = None) -> Catalog:
     files: list[TorchFile] = []
     model = _tree(store, prefix + model_name, files)
     optimizer = _tree(store, prefix + OPTIMIZER_STATE, files)
-    found = _Found(prefix, model, optimizer, _shapes(model, prefix + model_name), files)
+    models = [model, *(_tree(store, prefix + name, files) for name in _other_ranks(model_name, names))]
+    found = _Found(prefix, model, optimizer, _shapes(model, prefix + model_name), _parts(models), len(models), files)
     ties = {str(k): str(v) for k, v in _mapping(model, "shared_params").items()}
     tensors = {tensor.name: tensor for tensor in _tensors(store, found) if tensor.name not in ties}
     _check_complete(f"{store.url}/{prefix}", found, tensors, ties)
@@ -128,6 +136,20 @@ def _shapes(model: Mapping[str, Tree], where: str) -> dict[str, Shape]:
     return {str(name): nodes.shape(size, f"{where}: {name}") for part in parts for name, size in part.items()}
 
 
+def _other_ranks(model_name: str, names: list[str]) -> list[str]:
+    """Model files of the other model-parallel ranks, which DeepSpeed's own converter copies."""
+    like = re.compile(re.escape(model_name).replace("mp_rank_00", r"mp_rank_\d+"))
+    return sorted(name for name in names if name != model_name and like.fullmatch(name))
+
+
+def _parts(models: list[Mapping[str, Tree]]) -> list[dict[str, Tree]]:
+    """Shapes by name of each optimizer group, over all model files where they have the same groups."""
+    listed = [_shape_dicts(model) for model in models]
+    if len({len(parts) for parts in listed}) > 1:
+        listed = listed[:1]
+    return [{name: shape for parts in listed for name, shape in parts[k].items()} for k in range(len(listed[0]))]
+
+
 def _shape_dicts(model: Mapping[str, Tree]) -> list[Mapping[str, Tree]]:
     listed = model.get("param_shapes")
     return [part for part in listed if isinstance(part, Mapping)] if isinstance(listed, list | tuple) else []
@@ -155,9 +177,26 @@ def _tensors(store: Store, found: _Found) -> Iterator[Tensor]:
         if "step" not in scalars and shared_step is not None and len(specs) > 1:
             scalars["step"] = shared_step
         yield Tensor(name, _kind(name, found, trained=len(specs) > 1), specs, scalars)
+    if found.ranks > 1:
+        _note_untrained(found, set(files))
+        return
     for name, spec, fragments in untrained(store, found.prefix, found.model, known=set(files), files=found.files):
         found.fragments[Key(name, "value")] = fragments
         yield Tensor(name, _kind(name, found, trained=False), {"value": spec})
+
+
+def _note_untrained(found: _Found, known: set[str]) -> None:
+    """Model files of several ranks hold pieces, and nothing here says of what."""
+    held = {
+        *_mapping(found.model, "frozen_param_shapes"),
+        *(str(name) for name in found.model.get("buffer_names") or ()),
+    }
+    left = sorted(held - known)
+    if left:
+        found.notes.append(
+            f"{len(left)} frozen parameters and buffers ({left[0]}, …) are in model files of ranks alone and left out: "
+            "convert from the original checkpoint to have them"
+        )
 
 
 def _check_complete(where: str, found: _Found, tensors: Mapping[str, Tensor], ties: Mapping[str, str]) -> None:
@@ -166,7 +205,7 @@ def _check_complete(where: str, found: _Found, tensors: Mapping[str, Tensor], ti
     for name in found.shapes:
         if name not in tensors and name not in ties:
             raise NotFoundError(f"{where}zero/{name}: missing", hint=hint)
-    trained = [tensors[name] for part in _shape_dicts(found.model) for name in part if name in tensors]
+    trained = [tensors[name] for part in found.parts for name in part if name in tensors]
     states = dict.fromkeys(state for tensor in trained for state in (*tensor.states, *tensor.scalars))
     for tensor in trained:
         for state in states:
@@ -184,6 +223,8 @@ def _state_file(store: Store, path: str, key: Key, found: _Found) -> TensorSpec:
     root = _root(store, path, found)
     leaf = nodes.tensor(root.get("param") if isinstance(root, Mapping) else root, path)
     shape = found.shapes.get(key.name, leaf.extent.shape)
+    if found.ranks > 1 and isinstance(root, Mapping):
+        shape = leaf.extent.shape
     if math.prod(shape) != leaf.extent.size:
         raise CorruptError(f"{store.url}/{path}: holds {leaf.extent.size} elements for a tensor of shape {list(shape)}")
     found.fragments[key] = (_fragment(leaf.extent, shape, f"{store.url}/{path}"),)
@@ -203,7 +244,7 @@ def _kind(name: str, found: _Found, *, trained: bool) -> Kind:
     buffers = found.model.get("buffer_names")
     if isinstance(buffers, list | tuple) and name in buffers:
         return "buffer"
-    if trained or any(name in part for part in _shape_dicts(found.model)):
+    if trained or any(name in part for part in found.parts):
         return "parameter"
     return "frozen"
 
@@ -228,7 +269,7 @@ def _groups(found: _Found, tensors: Mapping[str, Tensor]) -> tuple[ParamGroup, .
     """Hyper-parameters by the names of each group's parameters, where the files still tell."""
     listed = nodes.sequence(found.optimizer.get("param_groups", ()), OPTIMIZER_STATE)
     groups = [group for group in listed if isinstance(group, Mapping) and group.keys() - {"params"}]
-    parts = _shape_dicts(found.model)
+    parts = found.parts
     named = _by_group(groups, parts, _mapping(found.optimizer, "optimizer_state_dict"))
     if named is None:
         if groups:
@@ -244,7 +285,7 @@ def _groups(found: _Found, tensors: Mapping[str, Tensor]) -> tuple[ParamGroup, .
 
 
 def _by_group(
-    groups: list[Mapping[str, Tree]], parts: list[Mapping[str, Tree]], inner: Mapping[str, Tree]
+    groups: list[Mapping[str, Tree]], parts: Sequence[Mapping[str, Tree]], inner: Mapping[str, Tree]
 ) -> list[list[str]] | None:
     """Names of each group's parameters; ZeRO-3 lists shapes by sub-group, and its groups list their sub-groups."""
     if len(groups) == 1:

@@ -92,7 +92,7 @@ def _merged(common: dict[Any, Tree], own: dict[Any, Tree]) -> dict[Any, Tree]:
     return {**common, **own, **both}
 
 
-def model_tree(catalog: Catalog, content: Content, drop: Drop) -> dict[str, Tree]:
+def model_tree(catalog: Catalog, content: Content, drop: Drop, *, mp: int = 1) -> dict[str, Tree]:
     """A model file: shapes, counters, scheduler and client state (deepspeed/runtime/engine.py, ``_save_checkpoint``).
 
     DeepSpeed reads it on every rank, twice, and skips what is in ``module``: frozen parameters and buffers have their
@@ -111,7 +111,7 @@ def model_tree(catalog: Catalog, content: Content, drop: Drop) -> dict[str, Tree
         **carry(engine, "state", drop),
         **_shapes(catalog, content),
         "module": carry(module, "module", drop) if isinstance(module, dict) else {},
-        "mp_world_size": 1,
+        "mp_world_size": mp,
     }
 
 

@@ -16,15 +16,8 @@ from ucp.tree import TensorLeaf, Tree
 
 from .carry import CLASSES, inlined
 from .folders import Content, Folder, content
-from .names import (
-    LATEST,
-    MODEL_STATES,
-    MODEL_STATES_3,
-    OPTIMIZER_STATE,
-    check_paths,
-    state_file,
-    step_file,
-)
+from .marks import Marks
+from .names import LATEST, OPTIMIZER_STATE, check_paths, model_files, state_file, step_file
 from .small import disagreeing, model_tree, optimizer_tree, scalar_tree
 
 FAMILY = "deepspeed-universal"
@@ -44,6 +37,8 @@ class UniversalFolder:
     folder: str
     content: Content
     tasks: tuple[Task, ...]
+    marks: Marks
+    mp: int = 1
     family: str = FAMILY
     root: str = LATEST
 
@@ -56,13 +51,14 @@ class UniversalFolder:
             left.append(f"not carried, it would run code when DeepSpeed loads it: {path} ({reason})")
 
         optimizer = optimizer_tree(self.catalog, self.content, drop)
-        model = model_tree(self.catalog, self.content, drop)
+        model = model_tree(self.catalog, self.content, drop, mp=self.mp)
         return optimizer, model, tuple(left)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know: what this form of checkpoint cannot hold, and what DeepSpeed will not load of it."""
-        return (*self.content.notes, *self._small[2], *_loader_notes(self.catalog, self.content))
+        loader = _loader_notes(self.catalog, self.content)
+        return (*self.content.notes, *self._small[2], *loader, *self.marks.notes(self.catalog))
 
     def finish(self, digests: Mapping[str, Digests]) -> Iterator[tuple[str, bytes]]:
         """Steps and made-up zeros, optimizer state, model files, ``latest_universal``."""
@@ -71,7 +67,7 @@ class UniversalFolder:
         for folder in self.content.folders:
             yield from self._beside(folder)
         yield self._file(OPTIMIZER_STATE, optimizer)
-        for path in (MODEL_STATES, MODEL_STATES_3) if self.content.zero3 else (MODEL_STATES,):
+        for path in model_files(self.mp, zero3=self.content.zero3):
             yield self._file(path, model)
         yield LATEST, self.folder.encode()
 
@@ -79,7 +75,8 @@ class UniversalFolder:
         """The files of a tensor's folder that are no task."""
         for state, spec in folder.zeros.items():
             zeros = TensorLeaf(Extent.contiguous("", 0, _loadable(spec).shape, spec.dtype), inline=bytes(spec.nbytes))
-            yield self._file(state_file(folder.name, state), {"param": zeros, "cat_dim": 0})
+            tree = {"param": zeros, **self.marks.of(folder.name, spec.shape)}
+            yield self._file(state_file(folder.name, state), tree)
         if folder.step is not None:
             yield self._file(step_file(folder.name), scalar_tree(folder.step))
 
@@ -87,28 +84,31 @@ class UniversalFolder:
         return f"{self.folder}/{path}", dumps(inlined(tree, self.store), archive=_stem(path), classes=CLASSES)
 
 
-def make_target(catalog: Catalog, store: Store, *, tag: str | None = None) -> UniversalFolder:
+def make_target(catalog: Catalog, store: Store, *, tag: str | None = None, mp: int = 1) -> UniversalFolder:
     """Lay `catalog`, which lies in `store`, out as ``<tag>_universal`` in a save root of its own.
 
-    FitError for names and states that such a folder cannot hold.
+    `mp` is the number of model files, one for each model-parallel rank. FitError for names and states that such a
+    folder cannot hold.
     """
     tag = tag or f"global_step{catalog.step or 0}"
     if "/" in tag or tag in (".", "..") or not tag.isprintable():
         raise UsageError(f"{tag!r} is not a tag", hint="a tag is the name of a folder inside the save root")
     arranged, name = content(catalog), f"{tag}_universal"
-    tasks = tuple(_task(catalog, name, folder, state) for folder in arranged.folders for state in folder.states)
+    marks = Marks(catalog)
+    tasks = tuple(_task(catalog, name, folder, state, marks) for folder in arranged.folders for state in folder.states)
     _check_zeros(arranged)
-    made = UniversalFolder(catalog, store, name, arranged, tasks)
+    made = UniversalFolder(catalog, store, name, arranged, tasks, marks, mp)
     others = [state_file(folder.name, state) for folder in arranged.folders for state in folder.zeros]
     others += [step_file(folder.name) for folder in arranged.folders if folder.step is not None]
     check_paths([*(task.object for task in tasks), *(f"{name}/{path}" for path in (*others, OPTIMIZER_STATE))])
     return made
 
 
-def _task(catalog: Catalog, name: str, folder: Folder, state: str) -> Task:
+def _task(catalog: Catalog, name: str, folder: Folder, state: str, marks: Marks) -> Task:
     cover, path = catalog.cover(folder.name, state), state_file(folder.name, state)
     spec = _loadable(cover.spec) if _kind(catalog, folder) == "parameter" else cover.spec
-    frame = TorchFrame.of({"param": Slot(0, spec), "cat_dim": 0}, archive=_stem(path))
+    tree = {"param": Slot(0, spec), **marks.of(folder.name, cover.spec.shape)}
+    frame = TorchFrame.of(tree, archive=_stem(path), classes=CLASSES)
     witness = catalog.witness(folder.name) if state == "value" else None
     section = Section(frame.offsets[0], FlatRange(0, spec.size), cover, witness)
     return Task(f"{name}/{path}", frame.size, frame, (section,))

@@ -57,7 +57,8 @@ def repeated(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 EXPRESSIONS = st.recursive(st.sampled_from(ATOMS), repeated, max_leaves=8)
 
 
-@given(EXPRESSIONS, st.text("ab1._\n", max_size=8))
+# Not on an empty text, where \B matches since Python 3.14 and did not before; names are none.
+@given(EXPRESSIONS, st.text("ab1._\n", min_size=1, max_size=8))
 def test_random_patterns_match_as_in_python(pattern: str, text: str) -> None:
     assert bool(Patterns.of([pattern]).matching(text)) == bool(re.match(pattern, text))
 

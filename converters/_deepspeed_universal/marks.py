@@ -1,0 +1,63 @@
+"""What a state's file says, beside the tensor, of how a tensor-parallel job is to cut it.
+
+``load_hp_checkpoint_state`` of deepspeed/checkpoint/universal_checkpoint.py reads ``cat_dim``, ``param_n_sub_params``,
+``sub_param_shape`` and ``vocab_tensor``; parameters that AutoTP made know by themselves. The source's
+``universal_checkpoint_info`` tells, which also DeepSpeed's own converter goes by (``merge_tp_slices`` of
+deepspeed/checkpoint/ds_to_universal.py). It is part of the client state, so it survives in other forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ucp.catalog import Catalog
+from ucp.errors import ContentError, FitError
+from ucp.layout import Shape
+from ucp.tree import Opaque, Tree
+
+from .._deepspeed.info import Info, info_of, read_info
+from .._deepspeed.subparams import whole_view
+
+SHAPE_CLASS = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"
+
+
+class Marks:
+    """The marks of every parameter of `catalog`; none where the source says nothing or nothing that is known."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._info: Info | None = None
+        self._told = info_of(catalog.state)
+        self._problem: str | None = None
+        if isinstance(self._told, Mapping):
+            try:
+                self._info = read_info(self._told, "universal_checkpoint_info")
+            except (ContentError, FitError) as error:
+                self._problem = error.message
+
+    def of(self, name: str, shape: Shape) -> dict[str, Tree]:
+        """Entries beside ``param`` for the parameter `name` of `shape`."""
+        found: dict[str, Tree] = {"cat_dim": 0}
+        if self._info is None:
+            return found
+        if self._info.is_cut_by_rows(name) and len(shape) > 1:
+            found["cat_dim"] = 1
+        if self._info.is_halved(name):
+            found["param_n_sub_params"] = 2
+        elif (declared := self._info.declaration(name)) is not None:
+            pattern, view = declared[0], whole_view(declared[1], name, shape, self._info.widths.get(declared[0]))
+            state = {"patterns": [pattern], "shape": view, "partition_dim": declared[1].dim}
+            module, _, called = SHAPE_CLASS.rpartition(".")
+            found["sub_param_shape"] = Opaque(module, called, state=state)
+        if self._info.is_vocabulary(name) and len(shape) == 2:
+            found["vocab_tensor"] = True
+        return found
+
+    def notes(self, catalog: Catalog) -> Iterator[str]:
+        """Remarks on jobs that cannot go by the marks."""
+        if self._problem is not None:
+            yield f"resume without tensor parallelism, or under AutoTP: {self._problem}"
+        elif self._info is not None and self._info.is_silent_on_rows and catalog.source.mesh["tp"] == 1:
+            yield (
+                "the source was not tensor parallel, and its universal_checkpoint_info does not say which weights are "
+                "cut along their input: a job of Megatron's layers must resume it with tensor parallelism of degree 1"
+            )
