@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ucp.errors import FitError, UsageError
 from ucp.lang.ast import Program
@@ -13,16 +13,14 @@ from ucp.lang.check import Checked, Ready, check
 from ucp.lang.choose import holds, offsets
 from ucp.lang.error import nearest
 from ucp.lang.held import Held
-from ucp.lang.match import Index, Matcher, captures, computed, describe, spell
+from ucp.lang.match import Index, Matcher, captures, describe, spell
+from ucp.lang.numbering import Numbering, Values
 from ucp.lang.shards import Compiler
 from ucp.lang.solve import Cuts, Numbered, Observation, Solver, require, solve
-from ucp.lang.sums import evaluate
 from ucp.layout import Mesh, Shape
 from ucp.layout.block import Block, View
-from ucp.layout.expr import Cut, Dim, Expr
+from ucp.layout.expr import Expr
 from ucp.layout.setting import Setting
-
-Values = dict[str, int | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,10 @@ class Shard:
     """Where the program says one, as it writes it."""
 
 
+_Made = tuple[str, Shape, tuple[Wanted, ...], str | None]
+"""A shard without its coordinate: name, local shape, what fills it, and the dtype that the program says."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exporter:
     """A program at a mesh, ready to say what each coordinate holds of the logical tensors `logical`."""
@@ -58,6 +60,8 @@ class Exporter:
     rules: tuple[tuple[Ready, tuple[Values, ...]], ...]
     """Active rules, each with the captured values (over the whole model) of the tensors it makes."""
     compiler: Compiler
+    _made: dict[tuple[int, str, tuple[int | None, ...]], tuple[_Made, ...]] = field(default_factory=dict, repr=False)
+    _numbered: dict[int, Numbering] = field(default_factory=dict, repr=False)
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -67,12 +71,23 @@ class Exporter:
     def shards(self, coordinates: Iterable[Mapping[str, int]], *, state: str = "value") -> Iterator[Shard]:
         """Every shard at each of `coordinates`, in order of rules. FitError where a cut does not come out."""
         for given in coordinates:
-            coordinate = self.solver.coordinate(given)
             for ready, tensors in self.rules:
-                if self._elsewhere(ready, coordinate):
-                    continue
-                for values in tensors:
-                    yield from self._shard(ready, values, given, coordinate, state)
+                for name, shape, blocks, dtype in self._held(ready, tensors, given, state):
+                    yield Shard(name, shape, given, blocks, dtype)
+
+    def _held(self, ready: Ready, tensors: Sequence[Values], given: Mapping[str, int], state: str) -> tuple[_Made, ...]:
+        """The shards of one rule at a coordinate. Coordinates that hold the same share what is made."""
+        number = ready.equation.number
+        at = tuple([given.get(axis) for axis in self.compiler.relevant(ready)])
+        if (number, state, at) not in self._made:
+            coordinate = self.solver.coordinate(given)
+            if number not in self._numbered:
+                self._numbered[number] = Numbering.of(ready, tensors, self.solver)
+            here = () if self._elsewhere(ready, coordinate) else self._numbered[number].at(coordinate, self.setting)
+            self._made[number, state, at] = tuple(
+                self._shard(ready, values, local, given, coordinate, state) for values, local in here
+            )
+        return self._made[number, state, at]
 
     def _elsewhere(self, ready: Ready, coordinate: Mapping[str, int]) -> bool:
         """Whether an ``on`` puts the tensor on another coordinate."""
@@ -82,48 +97,22 @@ class Exporter:
         )
 
     def _shard(
-        self, ready: Ready, values: Values, given: Mapping[str, int], coordinate: Mapping[str, int], state: str
-    ) -> Iterator[Shard]:
-        local = self._local(ready, values, coordinate)
-        if local is None:
-            return
+        self,
+        ready: Ready,
+        values: Values,
+        local: Values,
+        given: Mapping[str, int],
+        coordinate: Mapping[str, int],
+        state: str,
+    ) -> _Made:
         name = spell(ready.equation.source, local, offsets(ready.equation, self.setting.sizes))
         shape, blocks = self.compiler.wanted(ready, values, coordinate, Held(name, (), "", given, state), self.logical)
         layout = ready.equation.layout
         found = tuple(Wanted(*item) for item in blocks)
-        yield Shard(name, shape, given, found, layout.dtype if layout and state == "value" else None)
-
-    def _local(self, ready: Ready, values: Values, coordinate: Mapping[str, int]) -> Values | None:
-        """Numbers as the source's name writes them at `coordinate`; None where another coordinate holds the tensor."""
-        local = dict(values)
-        for capture in captures(ready.equation.source):
-            if capture.name in self.solver.mesh:
-                local[capture.name] = self.setting.index(capture.name, coordinate)
-                continue
-            value = values[capture.name]
-            if capture.cuts and isinstance(value, int):
-                number = _localize(capture.name, capture.cuts, value, self.setting, coordinate)
-                if number is None:
-                    return None
-                local[capture.name] = number
-        for k, place in enumerate(computed(ready.equation.source)):
-            found = evaluate(place.value, self.solver.value)
-            if found is None or found.denominator != 1:
-                raise FitError(f"{describe(ready.equation.source)}: its number is not known")
-            local[f"={k}"] = int(found)
-        return local
-
-
-def _localize(
-    name: str, cuts: Sequence[Cut], value: int, setting: Setting, coordinate: Mapping[str, int]
-) -> int | None:
-    """The number by which a coordinate calls the global number `value`; None if it does not hold it."""
-    passed = 0
-    for start, count in setting.runs(name, cuts, setting.size(Dim(name)), coordinate):
-        if start <= value < start + count:
-            return passed + value - start
-        passed += count
-    return None
+        for wanted in found:
+            if wanted.name not in self.logical and wanted.name not in self.aliases:
+                raise FitError(f"{name} needs {wanted.name}, and there is no such tensor")
+        return name, shape, found, layout.dtype if layout and state == "value" else None
 
 
 def export(
@@ -324,7 +313,7 @@ def _values(
 ) -> list[Values]:
     """Values that the names of the first target have; all targets must have the same ones."""
     equation = ready.equation
-    sources = {capture.name for capture in captures(equation.source)}
+    sources = {capture.name for capture in captures(equation.source)} - ready.leaves
     merged: list[set[tuple[tuple[str, int | str], ...]]] = []
     for k, side in enumerate(equation.targets):
         found = by_place.get((equation.number, k), [])

@@ -71,19 +71,25 @@ class Compiler:
         give, or a size that is not known.
         """
         assert match.rule is not None
-        if match.rule not in self._axes:
-            self._axes[match.rule] = self._relevant(self.checked.rules[match.rule])
-        at = tuple([shard.coordinate.get(axis) for axis in self._axes[match.rule]])
+        at = tuple([shard.coordinate.get(axis) for axis in self.relevant(self.checked.rules[match.rule])])
         key = (shard.name, shard.state, shard.shape, shard.dtype, at)
         found = self._parts.get(key)
         if found is None:
             found = self._parts[key] = tuple(self._compile_one(shard, match, self.checked.rules[match.rule]))
         return found
 
-    def _relevant(self, ready: Ready) -> tuple[str, ...]:
+    def relevant(self, ready: Ready) -> tuple[str, ...]:
         """Axes on which it matters where a tensor of the rule lies."""
+        number = ready.equation.number
+        if number not in self._axes:
+            self._axes[number] = self._relevant(ready)
+        return self._axes[number]
+
+    def _relevant(self, ready: Ready) -> tuple[str, ...]:
         places = {place.axis for place in ready.equation.on}
-        fine = ready.axes | places | {axis for state in self.checked.flat.states for axis in state.each}
+        states = self.checked.flat.states
+        own = {axis for state in states for axis in (*state.each, *(axes(state.layout) if state.layout else ()))}
+        fine = ready.axes | places | own
         coarse = {factor.axis for factor in self.checked.flat.factors if fine & set(factor.parts)}
         return tuple(sorted(fine | coarse))
 
@@ -99,6 +105,8 @@ class Compiler:
         compiled = self._compiled(ready, form, shard, coordinate, fixed)
         dtypes = self._dtypes(ready, form, shard)
         for k, (side, placed_blocks) in enumerate(zip(ready.equation.targets, compiled.blocks, strict=True)):
+            if not placed_blocks:
+                continue
             self._compute(side.name, values)
             name = "" if any(placed.names for placed in placed_blocks) else spell(side.name, values)
             for placed in placed_blocks:
