@@ -202,12 +202,10 @@ class _Consolidation:
         numbers = 1 + max((fragment.replica for fragment in fragments), default=0)
         view = catalog.views.get(source)
         for fragment in fragments:
-            if reduced:
-                numbered = replace(fragment, term=piece.replica)
-            else:
-                numbered = replace(fragment, replica=piece.replica * numbers + fragment.replica)
-            for plain in [numbered] if view is None else spelled_out(numbered, view):
-                yield from compose(plain, piece.block, shape)
+            first = 0 if reduced else piece.replica * numbers
+            replica, term = first + fragment.replica, piece.replica if reduced else 0
+            for plain in [fragment] if view is None else spelled_out(fragment, view):
+                yield from compose(plain, piece.block, shape, replica=replica, term=term)
 
     def notes(self) -> Iterator[str]:
         """What the program left out."""

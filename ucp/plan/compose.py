@@ -1,24 +1,22 @@
-"""Composition: a fragment of a shard, and a block of the shard that is a part of a logical tensor, make a fragment of
-the logical tensor.
-"""
+"""Composition: a fragment of a shard, and a block of it that is a part of a logical tensor, are a fragment of that."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from ucp.layout import FlatRange, Shape, row_major_strides
+from ucp.layout import FlatRange, Shape, numel, row_major_strides
 from ucp.layout.block import Block, clip, linear
 from ucp.plan.fragment import Extent, Fragment
 
 
-def compose(fragment: Fragment, block: Block, shape: Shape) -> Iterator[Fragment]:
+def compose(fragment: Fragment, block: Block, shape: Shape, *, replica: int = 0, term: int = 0) -> Iterator[Fragment]:
     """What `fragment`, a region of a shard of `shape`, holds of `block`: boxes in the view that the block is in.
 
-    A fragment that is a box is in the shard's own dims. `replica` and `term` stay the fragment's.
+    A fragment that is a box is in the shard's own dims. Its own `replica` and `term` do not count.
     """
-    for part in clip(block, shape, fragment.region):
-        yield replace(fragment, region=part.box, extent=_extent(fragment, part, shape))
+    whole = fragment.region.size == numel(shape)
+    for part in [block] if whole else clip(block, shape, fragment.region):
+        yield Fragment(part.box, _extent(fragment, part, shape), replica, term)
 
 
 def _extent(fragment: Fragment, block: Block, shape: Shape) -> Extent:

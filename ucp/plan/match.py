@@ -60,15 +60,17 @@ class Cover:
             raise FitError(f"{key}: view {view.factors} is not one of shape {list(spec.shape)}")
         if reduce is not None:
             return cls._of_terms(key, spec, fragments, view, reduce)
+        shape = view.shape
         for fragment in fragments:
-            if not fragment.region.within(view.shape):
-                raise FitError(f"{key}: fragment {fragment.region} lies outside shape {list(view.shape)}")
-        primary = tuple(f for f in fragments if f.replica == 0 and f.region.size)
-        flats = tuple(flat for f in primary if (flat := f.as_flat(view.shape)) is not None)
+            if not fragment.region.within(shape):
+                raise FitError(f"{key}: fragment {fragment.region} lies outside shape {list(shape)}")
+        primary = [f for f in fragments if f.replica == 0 and f.region.size]
+        flats = [flat for f in primary if (flat := f.as_flat(shape)) is not None]
         whole = len(flats) == len(primary)
-        ordered = tuple(sorted(flats if whole else primary, key=lambda f: _bounds(f, view.shape)[0]))
-        (_check_flat if whole else _check_boxes)(key, spec, view.shape, ordered)
-        ends = tuple(accumulate((_bounds(f, view.shape)[1] for f in ordered), max))
+        placed = sorted(((*_bounds(f, shape), f) for f in (flats if whole else primary)), key=lambda held: held[0])
+        ordered = tuple(fragment for _, _, fragment in placed)
+        (_check_flat if whole else _check_boxes)(key, spec, shape, ordered)
+        ends = tuple(accumulate((stop for _, stop, _ in placed), max))
         return cls(key, spec, view, ordered, tuple(f for f in fragments if f.replica), ends)
 
     @classmethod
@@ -131,8 +133,9 @@ class Cover:
     def _near(self, target: Fragment, shape: Shape) -> Sequence[Fragment]:
         """Fragments that may meet `target`, a region of a view of `shape`."""
         start, stop = _bounds(target, shape)
+        own = self.view.shape
         first = bisect_right(self.ends, start)
-        last = bisect_left(self.fragments, stop, key=lambda f: _bounds(f, self.view.shape)[0])
+        last = bisect_left(self.fragments, stop, key=lambda fragment: _bounds(fragment, own)[0])
         return self.fragments[first:last]
 
 
