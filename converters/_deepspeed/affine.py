@@ -8,6 +8,7 @@ and gathered blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ucp.errors import CorruptError, FitError
 from ucp.layout import Shape, numel, row_major_strides
@@ -32,14 +33,22 @@ def from_affine(entry: Tree, shapes: Sequence[Shape], where: str) -> Whole | Alo
         raise CorruptError(f"{where}: describes ranks {sorted(map(str, ranks))}, there are {len(shapes)}")
     if all(shape == whole for shape in shapes) and all(_is_copy(ranks[r], whole, where) for r in range(len(shapes))):
         return Whole()
-    dims = {k for shape in shapes for k in range(len(whole)) if len(shape) != len(whole) or shape[k] != whole[k]}
-    dim = dims.pop() if len(dims) == 1 else 0
-    if dims or len({len(whole), *map(len, shapes)}) > 1:
-        raise FitError(f"{where}: shards of shapes {_listed(shapes)} of {list(whole)} are cut along several dims")
+    dim = _cut_dim(ranks, whole, shapes, where)
     runs = tuple(_runs(ranks[rank], whole, shape, dim, f"{where}: rank {rank}") for rank, shape in enumerate(shapes))
     if not covers(runs, whole[dim]):
         raise CorruptError(f"{where}: its ranks do not hold all of {list(whole)}")
     return Along(dim, whole[dim], runs)
+
+
+def _cut_dim(ranks: Mapping[Any, Tree], whole: Shape, shapes: Sequence[Shape], where: str) -> int:
+    """The dim in which shards differ from the whole; if none does, the one in which their pieces do."""
+    differ = {k for shape in shapes for k in range(len(whole)) if len(shape) != len(whole) or shape[k] != whole[k]}
+    if not differ:
+        sizes = [_placed(piece, where)[0] for rank in ranks.values() for piece in _pieces(rank, where)]
+        differ = {k for shape in sizes for k in range(len(whole)) if len(shape) == len(whole) and shape[k] != whole[k]}
+    if len(differ) != 1 or len({len(whole), *map(len, shapes)}) > 1:
+        raise FitError(f"{where}: shards of shapes {_listed(shapes)} of {list(whole)} are not cut along one dim")
+    return differ.pop()
 
 
 def _listed(shapes: Sequence[Shape]) -> str:

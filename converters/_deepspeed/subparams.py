@@ -92,7 +92,7 @@ def _recorded(name: str, widths: Tree, ranks: int) -> list[tuple[int, ...]]:
 def _counted(declared: Declaration, name: str, shapes: Sequence[Shape]) -> Along:
     """A number of equal parts of the tensor's own dim, as in ``(3, -1)``."""
     dim = declared.dim
-    if any(len(shape) <= dim for shape in shapes) or not isinstance(declared.told, int):
+    if any(len(shape) <= dim for shape in shapes) or declared.told == -1 or not isinstance(declared.told, int):
         raise FitError(f"{name}: the view {list(declared.shape)} leaves more than one size open")
     sizes = _sizes(name, declared.told, sum(shape[dim] for shape in shapes))
     parts = [_even(name, size, len(shapes)) for size in sizes]
