@@ -199,6 +199,7 @@ def _uneven(solver: Solver, seen: Sequence[Observation]) -> bool:
         return False
     dim, axes = cut[0], axes_of(cut[0].cuts)
     lengths: dict[tuple[int, ...], int] = {}
+    first: dict[tuple[int, ...], Observation] = {}
     for one in seen:
         found = _linear(solver, one, one.expr, dim.name, dim)
         if found is None or found[0] == 0:
@@ -209,8 +210,11 @@ def _uneven(solver: Solver, seen: Sequence[Observation]) -> bool:
         at = tuple(dict(one.coordinate).get(axis, 0) for axis in axes)
         if lengths.setdefault(at, int(local)) != local:
             raise FitError(
-                f"{one}, but {lengths[at]} of {dim.name} elsewhere at the same place on {' and '.join(axes)}"
+                f"{first[at]}, but {one}: that is {lengths[at]} and {local} of {dim.name} at the same place on "
+                f"{' and '.join(axes)}",
+                hint="a shard is of another model, or the program says the layout wrongly",
             )
+        first.setdefault(at, one)
     return record(solver, dim.name, axes, lengths, f"the lengths of {seen[0].name} on each rank")
 
 
