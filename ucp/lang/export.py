@@ -140,9 +140,13 @@ def export(
     alike = {**logical, **{alias: logical[name] for alias, name in (ties or {}).items()}}
     matched = {name: [(places[i], values) for i, values in index.find(name)] for name in alike}
     chosen = _flags(checked, matched, flags or {}, mesh, ties or {})
+    written = {
+        name: [place for place in found if _chosen(checked.rules[place[0][0]], chosen)]
+        for name, found in matched.items()
+    }
     solver = solve(
         checked.flat,
-        [*_lengths(checked, matched, alike), *_job_lengths(checked, job)],
+        [*_lengths(checked, written, alike), *_job_lengths(checked, job, chosen)],
         _numbers(matched, checked),
         mesh=mesh,
         sizes=sizes or {},
@@ -203,6 +207,11 @@ def _flags(
     return {flag: fitting[0][flag] for flag in flat.flags}
 
 
+def _chosen(ready: Ready, flags: Mapping[str, bool]) -> bool:
+    """Whether a rule's conditions hold as far as they are about `flags`; axes are left out."""
+    return holds([condition for condition in ready.equation.conditions if condition.flag in flags], flags)
+
+
 def _tied(checked: Checked, flags: Mapping[str, bool]) -> dict[str, str]:
     """Aliases that hold under `flags`, with the name that holds the data."""
     return {describe(tie.alias): describe(tie.name) for tie in checked.flat.ties if holds(tie.conditions, flags)}
@@ -252,11 +261,12 @@ def _lengths(checked: Checked, matched: _Matched, logical: Mapping[str, Shape]) 
     return found
 
 
-def _job_lengths(checked: Checked, job: Sequence[Held]) -> list[Observation]:
+def _job_lengths(checked: Checked, job: Sequence[Held], flags: Mapping[str, bool]) -> list[Observation]:
     """What the shapes of shards that exist say about sizes."""
     if not job:
         return []
-    rules = [ready for ready in checked.rules if ready.equation.exports and ready.layout is not None]
+    writing = [ready for ready in checked.rules if ready.equation.exports and ready.layout is not None]
+    rules = [ready for ready in writing if _chosen(ready, flags)]
     index = Index(Matcher.of(ready.equation.source, ready.numbers) for ready in rules)
     found = []
     for shard in job:
