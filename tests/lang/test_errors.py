@@ -104,7 +104,7 @@ CASES = [
     ("F\na [«007»] -> b", "syntax", "a number does not begin with 0", None),
     ("F\na [2«x»] -> b", "syntax", "a number and a name need a blank between them", None),
     ("F\na [«" + "9" * 19 + "»] -> b", "limit", "a number of 19 digits", "most: 18"),
-    ("F\na [«*»x] -> b", "syntax", "`*` is for `pack` only", None),
+    ("F\na [«*»x] -> b", "syntax", "`*` is for `pack` only, and in no other `*`", None),
     # declarations
     ("F\nmesh«»", "syntax", "expected a layout, `any`, `mean`, `sum` or an arrow, found the end of the program", None),
     ("F\nmesh tp«,» dp", "syntax", "expected the end of the statement, found `,`", None),
@@ -138,6 +138,7 @@ CASES = [
     ("F\ndrop a«,» b", "syntax", "expected the end of the statement, found `,`", None),
     ("F\npack a «f32»[x]", "syntax", "expected `[`, found `f32`", None),
     ("F\npack a «[x, y]»", "pack", "a flat buffer has one dim", None),
+    ("F\npack a [*(x + «*»y)]", "syntax", "`*` is for `pack` only, and in no other `*`", None),
     ("F\npack a [*«*»x]", "syntax", "expected a dim, found `*`", None),
     # blocks
     ("F\nin a «->» b {\n}", "syntax", "expected `<->`, found `->`", "both directions"),

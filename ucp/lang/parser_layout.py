@@ -80,8 +80,10 @@ class LayoutParser:
             return self._pad()
         if self._sign("*"):
             if not self._every:
-                raise scanner.error("`*` is for `pack` only", at=scanner.since(begin))
+                raise scanner.error("`*` is for `pack` only, and in no other `*`", at=scanner.since(begin))
+            self._every = False
             item = self._atom()
+            self._every = True
             return Every(item, scanner.since(begin))
         items = [self._atom()]
         while scanner.looks(_ATOM):
