@@ -234,3 +234,58 @@ def test_slices_of_a_permuted_tensor_are_read_lazily(tmp_path):
     lazy = ucp.Checkpoint(catalog, store)["w"]["value"]
     np.testing.assert_array_equal(lazy[3:17:2, 1:5].numpy(), expected[3:17:2, 1:5])
     np.testing.assert_array_equal(lazy[-1].numpy(), expected[-1])
+
+
+@pytest.mark.parametrize(
+    ("rules", "ties"),
+    [
+        ("embed [v, h] <-> e [v, h]\nhead [v, h] <-> l [v, h] unless tied\ntie l to e when tied", {"l": "e"}),
+        ("embed [v, h] <-> e [v, h]\nhead [v, h] <-> l [v, h] optional", {"l": "e"}),
+        ("embed [v, h] <-> e [v, h]\nhead [v, h] <-> l [v, h]", {"l": "e"}),
+        ("embed [v, h] <-> e [v, h]", {}),
+    ],
+    ids=["tied by the program", "optional", "asked for", "not mentioned"],
+)
+def test_what_the_source_ties_stays_tied(store, rules, ties):
+    flag = "flag tied\n" if "tied" in rules else ""
+    weight = numbers(4, 3)
+    parts = [part(store, {}, {"embed": weight}, ties={"head": "embed"})]
+    catalog = together(parts, f"format 1\nsize v h\n{flag}{rules}", mesh=Mesh({}))
+    assert list(catalog.tensors) == ["e"]
+    assert catalog.ties == ties
+    assert catalog.param_groups[0].params == ("e",)
+    np.testing.assert_array_equal(read(catalog, store, "l" if ties else "e"), weight)
+
+
+def test_an_alias_that_is_laid_out_otherwise_is_a_tensor_of_its_own(store):
+    weight = numbers(4, 3)
+    parts = [part(store, {}, {"embed": weight}, ties={"head": "embed"})]
+    catalog = together(parts, "format 1\nsize v h\nembed [v, h] <-> e [v, h]\nhead [v, h] <-> l [h, v]", mesh=Mesh({}))
+    assert catalog.ties == {}
+    np.testing.assert_array_equal(read(catalog, store, "l"), weight.T)
+
+
+def test_copies_of_a_tied_tensor_on_two_stages_are_compared(store):
+    program = (
+        "format 1\nmesh pp\nsize v h\nembed [v, h] <-> e [v, h] on pp 0\nhead [v, h] <-> l [v, h] on pp -1\ntie l to e"
+    )
+    weight = numbers(4, 3)
+
+    def catalog(last):
+        parts = [part(store, {"pp": 0}, {"embed": weight}), part(store, {"pp": 1}, {"head": last})]
+        return together(parts, program, mesh=Mesh({"pp": 2}))
+
+    assert catalog(weight).ties == {"l": "e"}
+    assert verify(catalog(weight), store, deep=True).ok
+    (finding,) = verify(catalog(weight + np.float32(1)), store, deep=True).findings
+    assert "pp0/embed" in finding.message
+    assert "pp1/head" in finding.message
+
+
+def test_a_state_of_each_replica_group_gets_a_leading_dim(store):
+    program = "format 1\nmesh dp\nsize n\nw [n] <-> w [n]\nstate anchor : like param each dp"
+    weight, anchors = numbers(5), numbers(2, 5, seed=1)
+    parts = [part(store, {"dp": r}, {"w": {"value": weight, "anchor": anchors[r]}}) for r in (0, 1)]
+    catalog = together(parts, program, mesh=Mesh({"dp": 2}))
+    np.testing.assert_array_equal(read(catalog, store, "w", "anchor"), anchors)
+    assert verify(catalog, store, deep=True).ok

@@ -6,14 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.plan.test_match import KEY, wanted_values
+from tests.plan.test_match import KEY, view, wanted_values
 from ucp.errors import FitError
 from ucp.layout import Box, FlatRange
 from ucp.plan import Cover, Extent, Fragment, TensorSpec
-from ucp.run.gather import read_region
+from ucp.run.gather import read_into, read_region
 from ucp.run.reduce import PIECE_ELEMENTS, reduced
 from ucp.store import open_store
-from ucp.testing.strategies import regions
+from ucp.testing.strategies import extents, regions, regular_boxes, views
 
 
 def cover_of(arrays, dtype, kind, *, held="float32", name="memory://reduce"):
@@ -40,6 +40,21 @@ def test_any_region_of_a_mean_is_that_of_the_mean_in_float64(data):
     region = data.draw(regions((5, 7)))
     found = read_region(store, cover, region).view("<f4")
     np.testing.assert_array_equal(found, np.ravel(wanted_values(expected, region)))
+
+
+@given(st.data())
+def test_a_mean_is_read_in_any_view(data):
+    random = np.random.default_rng(0)
+    arrays = [random.normal(size=(4, 6)).astype("<f4") for _ in range(3)]
+    store, cover = cover_of(arrays, "float32", "sum")
+    expected = sum(array.astype("f8") for array in arrays).astype("<f4")
+    seen = data.draw(views((4, 6)))
+    box = data.draw(regular_boxes(seen.shape))
+    target = Fragment(box, data.draw(extents("", box.shape, "float32", 4)))
+    buffer = np.full(target.extent.span[1] // 4 + 1, np.nan, "<f4")
+    read_into(store, cover, target, buffer.view("u1").data, view=seen)
+    found = view(buffer, target.extent)
+    np.testing.assert_array_equal(found, expected.reshape(seen.shape)[tuple(map(slice, box.start, box.stop))])
 
 
 def test_a_mean_of_more_than_one_piece_has_no_seams():

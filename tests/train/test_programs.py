@@ -177,3 +177,34 @@ def test_tied_tensors_of_a_job_are_compared(tmp_path):
     apart = Checkpoint(*make(str(tmp_path / "apart"), {"one": {"value": same}, "two": {"value": same + 1}}))
     with pytest.raises(ucp.ConflictError, match="one tensor in the target"):
         ucp.load(module, apart, program=program)
+
+
+def test_a_rank_that_holds_several_virtual_stages_names_them(tmp_path):
+    """Four layers over two stages of two virtual ones: the second stage has layers 1 and 3."""
+    program = parse("format 1\nmesh pp vpp\nsize l n\nlayers.{l/vpp/pp}.w [n] <-> blocks.{l}.w [n]")
+    tensors = {
+        f"blocks.{i}.w": {"value": torch.full((3,), float(i)), "m": torch.full((3,), i + 10.0)} for i in range(4)
+    }
+    ckpt = Checkpoint(*make(str(tmp_path), tensors))
+
+    def chunk():
+        layer = nn.Module()
+        layer.w = nn.Parameter(torch.zeros(3))
+        chunk = nn.Module()
+        chunk.layers = nn.ModuleList([layer])
+        return chunk
+
+    chunks = nn.ModuleList([chunk(), nn.DataParallel(chunk())])
+    place = {str(v): {"pp": 1, "vpp": v} for v in range(2)}
+    ucp.load(chunks, ckpt, program=program, mesh={"pp": 2, "vpp": 2}, coordinate=place)
+    assert [p.detach()[0].item() for p in chunks.parameters()] == [1, 3]
+    with pytest.raises(UsageError, match="mixes"):
+        ucp.load(chunks, ckpt, program=program, mesh={"pp": 2, "vpp": 2}, coordinate={**place, "pp": 1})
+
+
+def test_tensors_that_are_renamed_only_need_no_layout(tmp_path):
+    program = parse("format 1\nmodel.{rest}.w <-> {rest}.weight")
+    ckpt = Checkpoint(*make(str(tmp_path), {"a.weight": {"value": torch.arange(6.0).reshape(2, 3)}}))
+    room = {"model.a.w": torch.zeros(2, 3)}
+    ucp.load(room, ckpt, program=program)
+    torch.testing.assert_close(room["model.a.w"], torch.arange(6.0).reshape(2, 3))

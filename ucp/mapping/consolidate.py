@@ -19,6 +19,7 @@ from ucp.lang.bind import Bound, Held, Piece, bind
 from ucp.layout import Mesh
 from ucp.mapping import around
 from ucp.mapping.around import Part, told
+from ucp.mapping.ties import Shards, bind_tied
 from ucp.plan import Fragment, Key, Reduction, TensorSpec
 from ucp.plan.compose import compose
 from ucp.plan.views import spelled_out
@@ -53,17 +54,11 @@ def consolidate(
     """
     if not parts:
         raise UsageError("nothing to consolidate")
-    shards = _Shards(parts)
-    bound = bind(
-        program,
-        shards.held,
-        mesh=mesh,
-        sizes=sizes,
-        config=config,
-        flags=flags,
-        cuts=cuts,
-        placements=placements,
-    )
+
+    def bound_to(held: Sequence[Held], flags: Mapping[str, bool] | None) -> Bound:
+        return bind(program, held, mesh=mesh, sizes=sizes, config=config, flags=flags, cuts=cuts, placements=placements)
+
+    bound, shards = bind_tied(parts, bound_to, flags)
     made = _Consolidation(parts, shards, bound)
     first = parts[0][1]
     return replace(
@@ -86,28 +81,12 @@ def consolidate(
     )
 
 
-@dataclass(slots=True)
-class _Shards:
-    """All states of all tensors of all parts, as the language sees them; ``origin[i]`` is where ``held[i]`` is from."""
-
-    held: list[Held]
-    origin: list[tuple[int, Key]]
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.held, self.origin = [], []
-        for number, (coordinate, catalog) in enumerate(parts):
-            for name, tensor in catalog.tensors.items():
-                for state, spec in tensor.states.items():
-                    self.held.append(Held(name, spec.shape, spec.dtype, coordinate, state))
-                    self.origin.append((number, Key(name, state)))
-
-
 @dataclass
 class _Consolidation:
     """A program bound to the parts."""
 
     parts: Sequence[Part]
-    shards: _Shards
+    shards: Shards
     bound: Bound
 
     @cached_property

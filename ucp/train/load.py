@@ -73,9 +73,10 @@ def load(
     A conversion `program` describes the target's tensors where they are not the checkpoint's: each of them is made of
     parts of logical tensors, as at `coordinate` of `mesh` (axis names to numbers of ranks, outermost first), and what
     no part fills is padding and becomes zero, in values and states. ``"source"`` is the program that the checkpoint
-    keeps. Without a coordinate it is that of the process group's rank, counted row-major; several are those of a rank
-    that holds several virtual stages. `sizes` and `flags` are the program's where shapes and names do not tell. The
-    program must fit all tensors of the checkpoint, also without `strict`.
+    keeps. Without a coordinate it is that of the process group's rank, counted row-major. A rank that holds several
+    virtual stages puts them in one module (`nn.ModuleList`) and says where each is by the start of its names:
+    ``coordinate={"0": {"pp": 1, "vpp": 0}, "1": {"pp": 1, "vpp": 1}}``. `sizes` and `flags` are the program's where
+    shapes and names do not tell. The program must fit all tensors of the checkpoint, also without `strict`.
 
     Nothing is changed unless everything fits. Raises FitError that lists all problems, NotFoundError, UsageError for a
     target of an unknown kind, and CorruptError or StorageError while reading, after which the target is partly filled.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import distributed
@@ -30,7 +30,8 @@ from ucp.train.transfer import Fill, Share
 SOURCE = "source"
 """As a program: the one that the checkpoint itself keeps."""
 
-Coordinates = Mapping[str, int] | Sequence[Mapping[str, int]]
+Coordinates = Mapping[str, int] | Mapping[str, Mapping[str, int]]
+"""Where a rank is on the mesh; or, where it holds several virtual stages, where each is by the start of its names."""
 
 
 class Supply(Protocol):
@@ -54,11 +55,14 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a caller of `ucp.load` says of the job: its program, and where on which mesh this rank is."""
+    """What a caller of `ucp.load` says of the job: its program, and where on which mesh this rank is.
+
+    `coordinates` are by the start of names, dot included; mostly there is one, for all names.
+    """
 
     program: ProgramLike
     mesh: Mesh
-    coordinates: tuple[Mapping[str, int], ...]
+    coordinates: Mapping[str, Mapping[str, int]]
     sizes: Mapping[str, int]
     flags: Mapping[str, bool]
 
@@ -75,12 +79,21 @@ class Wish:
         found = mesh if isinstance(mesh, Mesh) else Mesh(mesh or {})
         if coordinate is None:
             coordinate = _own_coordinate(found)
-        given = (coordinate,) if isinstance(coordinate, Mapping) else tuple(coordinate)
-        for one in given:
-            for axis, index in one.items():
-                if not 0 <= index < found[axis]:
-                    raise UsageError(f"coordinate {axis}={index} is not on the mesh {found}")
+        given = dict(_by_prefix(coordinate))
+        for axis, index in (pair for one in given.values() for pair in one.items()):
+            if not 0 <= index < found[axis]:
+                raise UsageError(f"coordinate {axis}={index} is not on the mesh {found}")
         return cls(program, found, given, sizes or {}, flags or {})
+
+
+def _by_prefix(coordinate: Coordinates) -> Iterator[tuple[str, Mapping[str, int]]]:
+    nested = {key: value for key, value in coordinate.items() if isinstance(value, Mapping)}
+    if not nested:
+        yield "", cast("Mapping[str, int]", coordinate)
+    elif len(nested) < len(coordinate):
+        raise UsageError(f"coordinate={dict(coordinate)} mixes axes and starts of names")
+    for start, one in nested.items():
+        yield f"{start}." if start and not start.endswith(".") else start, one
 
 
 def _own_coordinate(mesh: Mesh) -> Mapping[str, int]:
@@ -181,12 +194,12 @@ def _chosen(catalog: Catalog, wish: Wish) -> tuple[Program, Mapping[str, int], M
 
 def _held(targets: Targets, wish: Wish) -> Iterator[Held]:
     """The job's tensors, whose shapes help to find sizes; under their names without wrappers too."""
-    if len(wish.coordinates) > 1:
-        return
-    for slot in targets.slots:
-        if slot.state == "value":
-            for name in dict.fromkeys(spelling for own in slot.names for spelling in (own, stripped(own))):
-                yield Held(name, tuple(slot.tensor.shape), dtype_name(slot.tensor.dtype), wish.coordinates[0])
+    for slot in (slot for slot in targets.slots if slot.state == "value"):
+        for name in dict.fromkeys(spelling for own in slot.names for spelling in (own, stripped(own))):
+            for start, coordinate in wish.coordinates.items():
+                if name.startswith(start):
+                    shape, dtype = tuple(slot.tensor.shape), dtype_name(slot.tensor.dtype)
+                    yield Held(name.removeprefix(start), shape, dtype, coordinate)
 
 
 def _states(catalog: Catalog, targets: Targets) -> list[str]:
@@ -207,15 +220,15 @@ class _Sharing:
     shards: dict[Key, Shard] = field(default_factory=dict)
 
     def shares(self, states: Sequence[str]) -> Shares:
-        for shard in self._shards(self.wish.coordinates, "value"):
-            self._take(Key(shard.name, "value"), shard)
+        for name, shard in self._shards("value"):
+            self.shards[Key(name, "value")] = shard
         self._find_siblings()
         names = [key.name for key in self.shards if key.state == "value"]
         for state in states:
             if state != "value" and any(self._has(name, state) for name in names):
-                for shard in self._shards(self.wish.coordinates, state):
-                    if self._has(shard.name, state):
-                        self._take(Key(shard.name, state), shard)
+                for name, shard in self._shards(state):
+                    if self._has(name, state):
+                        self.shards[Key(name, state)] = shard
         tensors = {name: self._tensor(name, states) for name in names}
         groups = tuple(ParamGroup(tuple(self._members(group)), group.options) for group in self.catalog.param_groups)
         self._check_groups(names)
@@ -231,24 +244,20 @@ class _Sharing:
         )
         return Shares(self.catalog, self.shards, job, self.holder)
 
-    def _shards(self, coordinates: Iterable[Mapping[str, int]], state: str) -> Iterator[Shard]:
-        return self.exporter.shards(coordinates, state=state)
-
-    def _take(self, key: Key, shard: Shard) -> None:
-        known = self.shards.setdefault(key, shard)
-        if (known.shape, known.blocks) != (shard.shape, shard.blocks):
-            raise UsageError(
-                f"{shard.name} is one thing at {dict(known.coordinate)} and another at {dict(shard.coordinate)}",
-                hint="load these coordinates one by one, or let names tell them apart",
-            )
+    def _shards(self, state: str) -> Iterator[tuple[str, Shard]]:
+        """What this rank holds, by the job's names."""
+        for start, coordinate in self.wish.coordinates.items():
+            for shard in self.exporter.shards([coordinate], state=state):
+                yield start + shard.name, shard
 
     def _find_siblings(self) -> None:
         """For tensors that are all padding here: what the same tensor holds elsewhere, under the state ''."""
         bare = {key.name for key, shard in self.shards.items() if not shard.blocks}
-        if bare:
-            for shard in self._shards(self.wish.mesh.coordinates(), "value"):
-                if shard.name in bare and shard.blocks:
-                    self.shards.setdefault(Key(shard.name, ""), shard)
+        elsewhere = self.exporter.shards(self.wish.mesh.coordinates()) if bare else ()
+        for shard in (shard for shard in elsewhere if shard.blocks):
+            for start in self.wish.coordinates:
+                if start + shard.name in bare:
+                    self.shards.setdefault(Key(start + shard.name, ""), shard)
 
     def _logical(self, name: str) -> list[str]:
         """The logical tensors that a tensor of the job is made of."""
