@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    chosen = [(name, dp) for name in JOBS for dp in ((asked.dp,) if asked.dp else DP[name]) if asked.only in (None, name)]
+    chosen = [
+        (name, dp) for name in JOBS for dp in ((asked.dp,) if asked.dp else DP[name]) if asked.only in (None, name)
+    ]
     if asked.here:
         ((name, dp),) = chosen
         print(json.dumps(run(name, dp=dp, profile=asked.profile)))

@@ -74,7 +74,11 @@ def test_files_from_a_module_in_memory_load(name: str) -> None:
     (held,) = model.scatter(model.gather({0: model.memory}, in_memory=True), in_memory=False).values()
     folder = model.folder / "written"
     model.module.config.save_pretrained(folder)
-    save_file({key: np.ascontiguousarray(array) for key, array in held.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: np.ascontiguousarray(array) for key, array in held.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     read, told = models.model_class(model.case).from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert same(models.arrays(read), model.memory)

@@ -37,7 +37,9 @@ def test_defaults_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     default = AutoConfig.for_model(kind)
     default.save_pretrained(tmp_path)
     full = json.loads((tmp_path / "config.json").read_text())
-    sparse = {key: value for key, value in full.items() if key not in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+    sparse = {
+        key: value for key, value in full.items() if key not in ("tie_word_embeddings", "attention_bias", "mlp_bias")
+    }
     assert from_config(full).flags == from_config(sparse).flags
 
 

@@ -66,3 +66,10 @@ def test_sizes_that_shapes_leave_open_are_asked_for(name: str) -> None:
         gather(model.program, {(): model.files}, mesh=model.mesh(1), flags=model.known(in_memory=False).flags)
     assert re.search(r"\b(heads|groups) cannot be told", raised.value.message)
     assert "--size" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_that_is_missing_whole(name: str) -> None:
+    """Names do not tell how many layers there were; the configuration does."""
+    files = {key: array for key, array in made(name).files.items() if ".2." not in key.replace("experts.2.", "")}
+    assert "layers.2." in refused(name, files)

@@ -116,7 +116,7 @@ def bind(
     for (name, state), parts in found.items():
         if state == "value":
             produced.setdefault(parts[0][1].rule, []).append(name)
-    check_siblings(checked, compiler.flags, produced)
+    check_siblings(checked, compiler.flags, produced, solver.sizes)
     return _assembled(_Parts(checked, held, solver, setting, chosen), found, tuple(dropped), uses)
 
 

@@ -1,4 +1,4 @@
-"""That layers which have some of their tensors have all of them.
+"""That layers which have some of their tensors have all of them, and that there are as many layers as said.
 
 A rule with a captured number stands for one tensor per number, and which numbers there are only the other rules tell:
 `layers.{l}.mlp.up.weight` without layer 7 is a hole if `layers.7.attn.q.weight` is there. Rules that may find nothing
@@ -29,10 +29,13 @@ class _Member:
     names: Mapping[Numbers, str]
 
 
-def check_siblings(checked: Checked, flags: Mapping[str, bool], produced: Mapping[int, Collection[str]]) -> None:
+def check_siblings(
+    checked: Checked, flags: Mapping[str, bool], produced: Mapping[int, Collection[str]], sizes: Mapping[str, int]
+) -> None:
     """FitError for a number that some rules of a group have and another lacks.
 
-    `produced` are the logical names that each rule made, by its number; `flags` include the axes of the mesh.
+    `produced` are the logical names that each rule made, by its number; `flags` include the axes of the mesh. A capture
+    that is one of the `sizes` counts from 0 to there.
     """
     groups: dict[str, list[_Member]] = {}
     for ready in checked.rules:
@@ -40,6 +43,7 @@ def check_siblings(checked: Checked, flags: Mapping[str, bool], produced: Mappin
             for prefix, member in _members(ready, produced.get(ready.equation.number, ())):
                 groups.setdefault(prefix, []).append(member)
     for members in groups.values():
+        _counted(checked, members, sizes)
         _alike(checked, [m for m in members if not m.ready.equation.optional], members)
         choices = {m.ready.equation.choice for m in members} - {None}
         for choice in choices:
@@ -64,6 +68,23 @@ def _prefixes(pattern: Pattern) -> Iterator[str]:
     for n, part in enumerate(pattern.parts, 1):
         if isinstance(part, Capture):
             yield describe(Pattern(pattern.parts[:n]))
+
+
+def _counted(checked: Checked, members: list[_Member], sizes: Mapping[str, int]) -> None:
+    """If the first capture of a name is a size: all numbers below it are there, and no other."""
+    first = captures(members[0].target)[0].name
+    seen = {values[0]: name for member in members for values, name in member.names.items() if len(values) == 1}
+    if first not in sizes or not seen:
+        return
+    wanted = {str(number) for number in range(sizes[first])}
+    extra = [name for value, name in seen.items() if str(value) not in wanted]
+    missing = sorted(wanted - {str(value) for value in seen}, key=int)
+    if extra or missing:
+        problem = f"{extra[0]} is there" if extra else f"there is none of {_name(members[0], (missing[0],))}"
+        raise FitError(
+            f"{checked.program.file}: {first} is {sizes[first]}, but {problem}",
+            hint="tensors of whole layers are missing, or the configuration is of another model",
+        )
 
 
 def _alike(checked: Checked, members: list[_Member], others: list[_Member]) -> None:

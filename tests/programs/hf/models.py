@@ -28,7 +28,15 @@ DENSE = {
 }
 SQUARE = {name: value for name, value in DENSE.items() if name != "head_dim"}
 MOE = {**DENSE, "num_experts_per_tok": 2}
-GPT2 = {"vocab_size": 40, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1}
+GPT2 = {
+    "vocab_size": 40,
+    "n_positions": 32,
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 NEOX = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -77,7 +85,9 @@ CASES = {
     ),
     "mixtral": Case("hf_mixtral", "MixtralForCausalLM", {**MOE, "num_local_experts": 4}, in_memory=True),
     "gpt2": Case("hf_gpt2", "GPT2LMHeadModel", GPT2, plan=False),
-    "gpt2-untied": Case("hf_gpt2", "GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 20}, plan=False),
+    "gpt2-untied": Case(
+        "hf_gpt2", "GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 20}, plan=False
+    ),
     "gpt-neox": Case("hf_gpt_neox", "GPTNeoXForCausalLM", NEOX, in_memory=True, parallel=True),
     "gpt-neox-bare": Case(
         "hf_gpt_neox",
