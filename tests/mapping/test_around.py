@@ -265,6 +265,22 @@ def test_an_alias_that_is_laid_out_otherwise_is_a_tensor_of_its_own(store):
     np.testing.assert_array_equal(read(catalog, store, "l"), weight.T)
 
 
+@pytest.mark.parametrize("flag", ["when tied", "unless loose"])
+def test_a_whole_source_tells_whether_a_tie_of_the_program_holds(store, flag):
+    rules = f"embed [v, h] <-> e [v, h]\nhead [v, h] <-> l [v, h] optional\ntie l to e {flag}"
+    program = f"format 1\nsize v h\nflag {flag.split()[1]}\n{rules}"
+    weight = numbers(4, 3)
+    apart = together([part(store, {}, {"embed": weight, "head": weight + 1})], program, mesh=Mesh({}))
+    assert list(apart.tensors) == ["e", "l"]
+    assert apart.ties == {}
+    tied = together([part(store, {}, {"embed": weight}, ties={"head": "embed"})], program, mesh=Mesh({}))
+    assert list(tied.tensors) == ["e"]
+    assert tied.ties == {"l": "e"}
+    stages = [part(store, {"pp": 0}, {"embed": weight}), part(store, {"pp": 1}, {"head": weight + 1})]
+    with pytest.raises(FitError, match=f"do not tell whether {flag.split()[1]}"):
+        together(stages, program.replace("size", "mesh pp\nsize"), mesh=Mesh({"pp": 2}))
+
+
 def test_copies_of_a_tied_tensor_on_two_stages_are_compared(store):
     program = (
         "format 1\nmesh pp\nsize v h\nembed [v, h] <-> e [v, h] on pp 0\nhead [v, h] <-> l [v, h] on pp -1\ntie l to e"

@@ -55,10 +55,10 @@ def consolidate(
     if not parts:
         raise UsageError("nothing to consolidate")
 
-    def bound_to(held: Sequence[Held], flags: Mapping[str, bool] | None) -> Bound:
+    def bound_to(held: Sequence[Held], flags: Mapping[str, bool]) -> Bound:
         return bind(program, held, mesh=mesh, sizes=sizes, config=config, flags=flags, cuts=cuts, placements=placements)
 
-    bound, shards = bind_tied(parts, bound_to, flags)
+    bound, shards = bind_tied(parts, program, bound_to, flags)
     made = _Consolidation(parts, shards, bound)
     first = parts[0][1]
     return replace(

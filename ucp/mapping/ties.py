@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ucp.errors import FitError
+from ucp.lang import Program
+from ucp.lang.ast import Tie
 from ucp.lang.bind import Bound, Held
 from ucp.mapping.around import Part
 from ucp.plan import Key
 
-Bind = Callable[[Sequence[Held], Mapping[str, bool] | None], Bound]
+Bind = Callable[[Sequence[Held], Mapping[str, bool]], Bound]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,34 @@ class Shards:
         return cls(tuple(held), tuple(origin), own)
 
 
-def bind_tied(parts: Sequence[Part], bind: Bind, flags: Mapping[str, bool] | None) -> tuple[Bound, Shards]:
+def bind_tied(
+    parts: Sequence[Part], program: Program, bind: Bind, flags: Mapping[str, bool] | None
+) -> tuple[Bound, Shards]:
     """Bind the tensors of `parts`. What the source ties is tied in the result too, where a rule names the alias.
 
-    A program that wants a tensor under an alias gets it so; else an alias need not be mentioned.
+    A program that wants a tensor under an alias gets it so; else an alias need not be mentioned. Where names do not
+    tell whether a `tie` of the program holds, a source that is whole does: by whether it has ties itself.
     """
+    given = flags or {}
+    told = _tie_flags(program, tied=any(catalog.ties for _, catalog in parts)) if len(parts) == 1 else {}
+    try:
+        return _bind(parts, bind, given)
+    except FitError as error:
+        if told.keys() <= given.keys():
+            raise
+        try:
+            return _bind(parts, bind, {**told, **given})
+        except FitError:
+            raise error from None
+
+
+def _tie_flags(program: Program, *, tied: bool) -> dict[str, bool]:
+    """The flags that the program's ties depend on, as they are if the source ties tensors or does not."""
+    ties = [statement for statement in program.statements if isinstance(statement, Tie)]
+    return {c.flag: c.wanted is tied for tie in ties for c in tie.conditions}
+
+
+def _bind(parts: Sequence[Part], bind: Bind, flags: Mapping[str, bool]) -> tuple[Bound, Shards]:
     shards = Shards.of(parts)
     if not any(catalog.ties for _, catalog in parts):
         return bind(shards.held, flags), shards
