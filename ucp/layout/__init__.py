@@ -11,7 +11,6 @@ from ucp.layout.pads import saved_pads
 from ucp.layout.region import Box, FlatRange, Region, Shape, as_flat, boxes, numel, ravel, row_major_strides
 from ucp.layout.setting import Setting
 from ucp.layout.spell import spell
-from ucp.layout.view import coarsen, in_view, refine, restate, spread
 
 __all__ = [
     "Block",
@@ -31,22 +30,17 @@ __all__ = [
     "boxes",
     "branches",
     "clip",
-    "coarsen",
     "compile_layout",
     "compile_pack",
     "default_targets",
     "globalize",
-    "in_view",
     "itemsize",
     "linear",
     "local_shape",
     "numel",
     "ravel",
-    "refine",
-    "restate",
     "row_major_strides",
     "saved_pads",
     "spell",
-    "spread",
     "without_dims",
 ]

@@ -61,14 +61,6 @@ class Block:
         """Number of elements."""
         return self.box.size
 
-    def within(self, box: Box) -> Block | None:
-        """The part of the block in `box`, given in coordinates of the same view; None where there is none."""
-        common = self.box.intersect(box)
-        if common is None:
-            return None
-        first = zip(common.start, self.box.start, strict=True)
-        return self.part([(a - b, n) for (a, b), n in zip(first, common.shape, strict=True)])
-
     def part(self, spans: Sequence[Span]) -> Block:
         """The part with the given (first index, count) along each factor, indices counted from ``box.start``."""
         if all(span == (0, n) for span, n in zip(spans, self.box.shape, strict=True)):
