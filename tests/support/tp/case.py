@@ -11,6 +11,9 @@ from tests.support.case import Case
 
 Launcher = Literal["autotp", "megatron"]
 
+VOCAB = 70
+"""Tokens of the Megatron-style model; its embedding has more rows."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TpCase:
@@ -104,3 +107,13 @@ CASES: dict[str, TpCase] = {
         ),
     )
 }
+
+QUICK = (
+    "autotp_z1_bf16_tp2dp2_tied",
+    "autotp_z1_fp32_tp2dp1_phi3",
+    "autotp_z3_fp32_tp2dp1_uneven",
+    "megatron_z1_fp32_pp2tp2dp1",
+    "megatron_z1_bf16_pp2tp2dp2",
+    "megatron_z1_fp32_pp2tp2dp1_silent",
+)
+"""Cases of the tests that always run; they are made in one process."""

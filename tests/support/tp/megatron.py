@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from tests.support.engine import Job, engine_config
 from tests.support.model import GLOBAL_BATCH, LENGTH, batch, group_names, next_token_loss, param_groups
-from tests.support.tp.case import TpCase
+from tests.support.tp.case import VOCAB, TpCase
 
-VOCAB, HIDDEN, INNER, HEADS, LAYERS = 70, 24, 20, 4, 3
+HIDDEN, INNER, HEADS, LAYERS = 24, 20, 4, 3
 MICRO_BATCH = 3
 DIVISIBLE = 4
 """The vocabulary is padded to a multiple of this and of the tensor-parallel degree."""
