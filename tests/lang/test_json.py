@@ -163,6 +163,15 @@ def test_one_form_only(dim: Any) -> None:
     refusal(with_dim(dim))
 
 
+def test_the_deepest_text_is_read_again_from_json() -> None:
+    deep = "a (b + " * 31 + "(c + _ align " + "d*" * 64 + "e)" + ")/tp" * 31
+    text = "format 1\n" + "in x {\n" * 16 + f"a [{deep}] -> b\n" + "}\n" * 16
+    program = parse(text.replace("(c + _", "c + _").replace("e)", "e"))
+    assert from_json(to_json(program)) == program
+    nested = "let a = " + "(b + " * 32 + "c" + ")" * 32
+    assert from_json(to_json(parse(f"format 1\n{nested}"))) == parse(f"format 1\n{nested}")
+
+
 def test_deep_documents() -> None:
     dim: Any = "a"
     for _ in range(100_000):

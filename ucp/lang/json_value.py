@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ucp.lang.error import FORBIDDEN, Kind, nearest, program_error
 from ucp.lang.scan import IDENTIFIER, MOST_DIGITS, RESERVED, STATE
 
-DEEPEST_JSON = 100
+DEEPEST_JSON = 400
 """The most lists and objects in each other, below a statement."""
 
 _CUT = re.compile(r"[/@]")
