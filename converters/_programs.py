@@ -41,7 +41,7 @@ _SIZES = {
 """Keys that give a size; the first that is there and not null."""
 
 _NOT_TIED = ("gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
-"""Models whose head is not tied where ``tie_word_embeddings`` is not given; files hold it only if it was changed once."""
+"""Models whose head is not tied where ``tie_word_embeddings`` is not given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 ``python -m tests.docs.play PAGE FOLDER`` does so with real DeepSpeed, in a job of one rank; FOLDER holds what
 ``ucp demo --keep demo`` made.
 
-In a ``python`` block, lines of the form ``#> text`` are what it prints; a block that begins with ``# file: name.py``
-is written to that file. In a ``console`` block, ``$ ucp …`` is run as far as the first pipe, with everything up to the
+In a ``python`` block, lines of the form ``#> text`` are what it prints. A ``ucp`` block is a sound conversion program.
+What begins with ``# file: name`` is written to that file. In a ``console`` block, ``$ ucp …`` is run as far as the first pipe, with everything up to the
 next ``$`` as its output; ``$ echo $?`` shows an exit code other than 0. ``...`` stands for any text, and ``/data`` for
 the folder. A ``toml`` block with entry points registers converters.
 """
@@ -31,6 +31,8 @@ from click.testing import CliRunner
 import ucp.converter
 from tests.docs.pages import NEEDS_DEEPSPEED, NOT_RUN, REAL_OUTPUT, Block, blocks
 from ucp.cli.app import program
+from ucp.lang import parse
+from ucp.lang.check import check
 
 ROOT = "/data"
 _GROUP = "ucp.converters"
@@ -49,20 +51,26 @@ class Player:
         """Run one block; AssertionError if it does not print what the page says."""
         if block.language == "python":
             self._python(block)
+        elif block.mark != NOT_RUN and block.language == "ucp":
+            self._program(block)
         elif block.mark != NOT_RUN and block.language == "console":
             self._console(block)
         elif block.language == "toml":
             found = tomllib.loads(block.text).get("project", {}).get("entry-points", {}).get(_GROUP, {})
             self.entries.update((name, EntryPoint(name, value, _GROUP)) for name, value in found.items())
 
+    def _program(self, block: Block) -> None:
+        check(parse(block.text, file=block.where))
+        if (name := _file(block)) is not None:
+            name.write_text(block.text)
+
     def _python(self, block: Block) -> None:
         # Blank lines in front make tracebacks tell the line of the page.
         code = compile("\n" * (block.line - 1) + block.text, block.page, "exec", dont_inherit=True)
         if block.mark == NOT_RUN or (block.mark == NEEDS_DEEPSPEED and not self.real):
             return
-        first = block.text.partition("\n")[0]
-        if first.startswith("# file: "):
-            Path(first.removeprefix("# file: ")).write_text(block.text)
+        if (name := _file(block)) is not None:
+            name.write_text(block.text)
             return
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -94,6 +102,12 @@ class Player:
         wanted, got = (f"{text.strip()}\n" for text in (wanted, got.replace(str(self.folder), ROOT)))
         same = doctest.OutputChecker().check_output(wanted, got, _LOOSELY)
         assert same, f"{block.where}\n--- the page says\n{wanted}--- it is\n{got}"
+
+
+def _file(block: Block) -> Path | None:
+    """Where the block is to be written, if it says so in its first line."""
+    first = block.text.partition("\n")[0]
+    return Path(first.removeprefix("# file: ")) if first.startswith("# file: ") else None
 
 
 def _commands(text: str) -> Iterator[tuple[str, str]]:

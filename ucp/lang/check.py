@@ -43,9 +43,27 @@ class Checked:
         return f"{self.program.file}{at}"
 
 
-@lru_cache(maxsize=32)
 def check(program: Program) -> Checked:
     """Check `program` by itself. ProgramError for the first thing that is wrong, with its place in the text."""
+    return _check(_This(program))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _This:
+    """A program as a key. Equal programs may come from different texts, whose lines messages tell."""
+
+    program: Program
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _This) and self.program is other.program
+
+    def __hash__(self) -> int:
+        return id(self.program)
+
+
+@lru_cache(maxsize=32)
+def _check(key: _This) -> Checked:
+    program = key.program
     scope = Scope(program, flatten(program))
     check_declarations(scope)
     rules = tuple(ready_rule(scope, equation) for equation in scope.flat.equations)

@@ -57,6 +57,7 @@ class Exporter:
     setting: Setting
     flags: Mapping[str, bool]
     logical: Mapping[str, Shape]
+    """Empty where a program is looked at without tensors: then all that it names are taken to be there."""
     rules: tuple[tuple[Ready, tuple[Values, ...]], ...]
     """Active rules, each with the captured values (over the whole model) of the tensors it makes."""
     compiler: Compiler
@@ -110,7 +111,7 @@ class Exporter:
         layout = ready.equation.layout
         found = tuple(Wanted(*item) for item in blocks)
         for wanted in found:
-            if wanted.name not in self.logical and wanted.name not in self.aliases:
+            if self.logical and wanted.name not in self.logical and wanted.name not in self.aliases:
                 raise FitError(f"{name} needs {wanted.name}, and there is no such tensor")
         return name, shape, found, layout.dtype if layout and state == "value" else None
 

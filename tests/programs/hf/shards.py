@@ -1,4 +1,4 @@
-"""What each tensor-parallel rank of transformers holds, by its own code: DTensors on a process group that never talks."""
+"""What each tensor-parallel rank of transformers holds, by its own code, on a process group that never talks."""
 
 from __future__ import annotations
 
