@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.format.build import universal
-from ucp.catalog import Catalog, ParamGroup
+from ucp.catalog import Catalog, ParamGroup, ProgramRecord
 from ucp.errors import ContentError, CorruptError, FitError, NotFoundError, UcpError
 from ucp.format.documents import compact, root_digest
 from ucp.format.records import BLOBS, DIGESTS, ROOT, STATE
 from ucp.format.universal import CONVERTER
+from ucp.layout import Mesh
 from ucp.plan import BLOCK_BYTES, Extent
 from ucp.store import LocalStore
 from ucp.tree import TensorLeaf
@@ -43,7 +44,9 @@ def small(folder: Path) -> LocalStore:
     leaf = TensorLeaf(Extent.contiguous("3-0.raw", 0, (5, 400), "float32"))
     state = {"rng": {"seed": 1, "blob": b"x" * 1000}, "table": (leaf, 0.5)}
     groups = (ParamGroup(("a/weight", "scale"), {"lr": 0.1, "betas": (0.9, 0.999)}),)
-    return universal(folder, tensors(), shard_bytes=30_000, state=state, param_groups=groups, ties={"head": "a/weight"})
+    program = ProgramRecord({"format": 1, "statements": []}, Mesh({"tp": 2}), {"hidden": 4}, {"tied": False})
+    around = {"state": state, "param_groups": groups, "ties": {"head": "a/weight"}, "program": program}
+    return universal(folder, tensors(), shard_bytes=30_000, **around)
 
 
 @pytest.fixture
@@ -216,6 +219,11 @@ LIES: dict[str, Change] = {
     "tie of a tensor": lambda m: m["ties"].update({"scale": "a/weight"}),
     "mesh of nothing": lambda m: m["source"].update(mesh=[["dp", 0]]),
     "mesh is no list of pairs": lambda m: m["source"].update(mesh=[["dp"]]),
+    "program is text": lambda m: m.update(program="format 1"),
+    "program of nothing": lambda m: m["program"].pop("ast"),
+    "program on no mesh": lambda m: m["program"].update(mesh=[["tp", 0]]),
+    "program with a negative size": lambda m: m["program"]["sizes"].update(hidden=-1),
+    "program with a flag that is a number": lambda m: m["program"]["flags"].update(tied=1),
     "step is text": lambda m: m.update(step="7"),
     "unlisted state": lambda m: m.update(files=[f for f in m["files"] if f["path"] != STATE]),
     "scalar is text": lambda m: m["tensors"][0]["scalars"]["step"].update(value="7"),

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tests.format.build import source, universal, write
 from tests.format.schemas import MANIFEST, STATE, problems
 from tests.format.test_damage import signed, tensors
-from ucp.catalog import Catalog, ParamGroup, Scalar, Source
+from ucp.catalog import Catalog, ParamGroup, ProgramRecord, Scalar, Source
 from ucp.errors import FitError, UsageError
 from ucp.format.records import ROOT
 from ucp.format.universal import CONVERTER
+from ucp.lang import parse, to_json
 from ucp.layout import FlatRange, Mesh
 from ucp.plan import TensorSpec
 from ucp.run.gather import read_region
@@ -24,6 +25,7 @@ from ucp.store import LocalStore
 
 ORIGIN = Source("deepspeed", "0.19.8", Mesh({"pp": 2, "dp": 3}), {"zero_stage": 3, "loss_scale": 0.5, "note": None})
 GROUPS = (ParamGroup(("a/weight",), {"lr": 0.1, "betas": (0.9, 0.999), "foreach": None}), ParamGroup((), {}))
+PROGRAM = ProgramRecord(to_json(parse("format 1\nsize a\nw [a] <-> w [a]")), Mesh({"tp": 2}), {"a": 3}, {"tied": True})
 CHANGES: dict[str, Any] = {
     "source": ORIGIN,
     "step": 41,
@@ -31,6 +33,7 @@ CHANGES: dict[str, Any] = {
     "ties": {"head": "a/weight"},
     "state": {"lr_scheduler": {"last": 3, "lr": (0.1,)}},
     "notes": ("inferred the step",),
+    "program": PROGRAM,
 }
 
 
@@ -56,11 +59,20 @@ def test_a_catalog_comes_back(tmp_path: Path) -> None:
     }
     assert found.tensors["scale"].scalars == {"step": Scalar(7, "int")}
     assert (found.step, found.param_groups, found.ties) == (41, GROUPS, CHANGES["ties"])
+    assert found.program == PROGRAM
     assert (found.state, found.notes) == (CHANGES["state"], CHANGES["notes"])
     assert (found.source.family, found.source.version, found.source.mesh) == ("universal", "1.0", ORIGIN.mesh)
     assert found.source.detail["origin"] == "deepspeed"
     assert found.source.detail["loss_scale"] == 0.5
     assert set(found.objects) == {entry.path for entry in store.entries()}
+
+
+def test_the_program_is_there_or_not(tmp_path: Path) -> None:
+    assert "program" not in manifest(universal(tmp_path / "without", tensors()))
+    assert CONVERTER.read(LocalStore(str(tmp_path / "without" / "universal"))).program is None
+    raw = manifest(universal(tmp_path / "with", tensors(), **CHANGES))
+    assert raw["program"] == {"ast": PROGRAM.ast, "mesh": [["tp", 2]], "sizes": {"a": 3}, "flags": {"tied": True}}
+    assert not problems(MANIFEST, raw)
 
 
 def test_fragments_give_the_data(tmp_path: Path) -> None:
