@@ -85,6 +85,18 @@ CASES = [
     ("F\na -> b on pp «x»", "syntax", "expected a coordinate: a whole number, negative from the last, found `x`", None),
     ("F\na -> b on pp -«0»", "syntax", "a coordinate: a whole number, negative from the last is at least 1", None),
     ("F\na -> b «{»", "syntax", "expected the end of the statement, found `{`", "only `in` begins a block"),
+    (
+        "F\na -> b\n  when «x»",
+        "syntax",
+        "expected a layout, `any`, `mean`, `sum` or an arrow, found `x`",
+        "`when` stands on the line of the last tensor of its rule",
+    ),
+    (
+        "F\na «=»> b",
+        "syntax",
+        "expected a layout, `any`, `mean`, `sum` or an arrow, found `=`",
+        "`<->` both ways, `->` import only, `<-` export only",
+    ),
     # layouts
     ("F\na «bf17»[x] -> b", "dtype", "`bf17` is no element type", "did you mean `bf16`? known: bf16 bool"),
     ("F\na [x,«]» -> b", "syntax", "expected a dim, found `]`", None),
@@ -107,7 +119,7 @@ CASES = [
     ("F\na [«*»x] -> b", "syntax", "`*` is for `pack` only, and in no other `*`", None),
     # declarations
     ("F\nmesh«»", "syntax", "expected a layout, `any`, `mean`, `sum` or an arrow, found the end of the program", None),
-    ("F\nmesh tp«,» dp", "syntax", "expected the end of the statement, found `,`", None),
+    ("F\nmesh tp«,» dp", "syntax", "expected the end of the statement, found `,`", "separated by blanks"),
     ("F\nmesh tp «any»", "syntax", "expected the end of the statement, found `any`", None),
     ("F\naxis tp = kv«»", "syntax", "expected `*`, found the end of the program", "as in `axis tp = kv * rep`"),
     ("F\nsize a b «=» 3", "syntax", "one size at a time has a default", "`size b = …`"),

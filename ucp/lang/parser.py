@@ -10,7 +10,7 @@ from ucp.errors import ProgramError
 from ucp.lang.ast import Comments, In, Program, Statement
 from ucp.lang.error import nearest
 from ucp.lang.parser_declare import DECLARATIONS
-from ucp.lang.parser_rules import block_end, block_head, rule
+from ucp.lang.parser_rules import ARROWS, block_end, block_head, rule
 from ucp.lang.scan import Mark, Scanner
 from ucp.layout.expr import Span
 
@@ -23,7 +23,8 @@ VERSION = 1
 KEYWORDS = ("mesh", "axis", "size", "let", "flag", "state", "tie", "pack", "drop", "in")
 # A statement's word is a tensor's name where a layout or an arrow follows it.
 _KEYWORD = re.compile(rf"({'|'.join(KEYWORDS)})(?=[ \t]+(?!\[|<->|->|<-|[ \t\n#]|\Z))")
-_WORD = re.compile(r"[A-Za-z]+(?=[ \t])")
+_WORD = re.compile(r"[A-Za-z]+(?![A-Za-z0-9_.\-])")
+_CLAUSES = ("on", "when", "unless", "optional", "lossy")
 _FORMAT = re.compile(r"format(?=[ \t])")
 
 
@@ -109,10 +110,9 @@ class _Parser:
         return Comments((*before, *scanner.comments[len(before) : inside]), after, blank)
 
     def _unexpected(self) -> ProgramError:
-        hint = None
-        if self._scanner.sees("{"):
-            hint = "only `in` begins a block"
-        return self._scanner.expected("the end of the statement", hint=hint)
+        hints = {"{": "only `in` begins a block", ",": "names and clauses are separated by blanks"}
+        found = next((hint for sign, hint in hints.items() if self._scanner.sees(sign)), None)
+        return self._scanner.expected("the end of the statement", hint=found)
 
     def _statement(self, before: tuple[str, ...], blank: bool) -> None:
         scanner = self._scanner
@@ -135,12 +135,16 @@ class _Parser:
         self._add(replace(found, comments=comments))
 
     def _misspelt(self, error: ProgramError, begin: Mark) -> ProgramError:
-        """`error`, with a hint if it was no rule but a statement whose first word is not quite one."""
+        """`error`, with a better hint if no rule was meant: a word not quite spelt, a clause on a line of its own."""
         scanner = self._scanner
         scanner.back(begin)
         word = scanner.match(_WORD)
-        meant = nearest(word, KEYWORDS) if word and word not in KEYWORDS else None
-        if error.hint or meant is None or not meant.startswith("did"):
+        if word is None or error.hint != ARROWS:
+            return error
+        if word in _CLAUSES:
+            return ProgramError(error.message, hint=f"`{word}` stands on the line of the last tensor of its rule")
+        meant = nearest(word, KEYWORDS)
+        if word in KEYWORDS or meant is None or not meant.startswith("did"):
             return error
         return ProgramError(error.message, hint=meant.partition("?")[0] + "?")
 

@@ -15,6 +15,9 @@ _ARROW = re.compile(r"<->|->|<-")
 _REDUCE = re.compile(r"(?:any|mean|sum)(?![A-Za-z0-9_.\-])")
 _CLAUSE = re.compile(r"(?:on|when|unless|optional|lossy)(?![A-Za-z0-9_.\-])")
 
+ARROWS = "`<->` both ways, `->` import only, `<-` export only"
+"""The hint where an arrow is missing."""
+
 _BLOCK = ("on", "when", "unless", "optional")
 
 ReduceKind = Literal["any", "mean", "sum"]
@@ -37,7 +40,8 @@ def rule(scanner: Scanner) -> Rule:
     source = side(scanner, what="a tensor's name or the first word of a statement")
     reductions = reduces(scanner)
     if not arrow_ahead(scanner):
-        raise scanner.expected("a layout, `any`, `mean`, `sum` or an arrow" if not reductions else "an arrow")
+        what = "an arrow" if reductions else "a layout, `any`, `mean`, `sum` or an arrow"
+        raise scanner.expected(what, hint=ARROWS)
     arrow = cast(Arrow, scanner.match(_ARROW))
     scanner.blanks()
     targets = [side(scanner)]
