@@ -1,7 +1,7 @@
 """Conformance vectors of the conversion language: what a program means at a mesh, for any implementation to compare.
 
 A vector is a JSON document: some entries are given (program, mesh, sizes, …) and the rest is what they mean (`shards`,
-`buffers` or `refused`); spec/vectors/README.md says what each entry is. ``python -m ucp.testing.vectors FILE …``
+`buffers` or `refused`); spec/conversion-language.md says what each entry is. ``python -m ucp.testing.vectors FILE …``
 computes the second kind anew and rewrites the files.
 """
 
