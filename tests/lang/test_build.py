@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 
 from ucp.errors import ProgramError
-from ucp.lang import parse
+from ucp.lang import build, parse
 from ucp.lang.ast import Statement
 from ucp.lang.build import (
     axis,
@@ -125,3 +127,9 @@ def test_arithmetic_is_parsed_at_once(text: str) -> None:
     with pytest.raises(ProgramError) as caught:
         let("r", text)
     assert caught.value.message.startswith("<arithmetic>:1:")
+
+
+def test_the_example() -> None:
+    found = doctest.testmod(build)
+    assert found.attempted
+    assert not found.failed

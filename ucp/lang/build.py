@@ -1,23 +1,36 @@
 """Programs from Python, for those who generate rules: the same syntax tree that text gives.
 
-    from ucp.lang.build import dim, dims, let, mesh, pad, program, rule, size, tensor, within
-
-    groups, r, d, hidden, vocab = dims("groups r d hidden vocab")
-    made = program(
-        mesh("tp"),
-        size("groups heads d hidden vocab"),
-        let("r", "heads / groups"),
-        rule(tensor("emb.w")[(vocab + pad) / "tp", hidden], tensor("embed.w")[vocab, hidden]),
-        within(
-            "layers.{l/pp}", "layers.{l}",
-            rule(
-                tensor("qkv.w")[groups / "tp" * (r * d + d + d), hidden],
-                tensor("q.w")[groups * r * d, hidden],
-                tensor("k.w")[groups * d, hidden],
-                tensor("v.w")[groups * d, hidden],
-            ),
-        ),
-    )
+    >>> from ucp.lang import format_program
+    >>> from ucp.lang.build import dims, let, mesh, pad, program, rule, size, tensor, within
+    >>> groups, r, d, hidden, vocab = dims("groups r d hidden vocab")
+    >>> made = program(
+    ...     mesh("tp pp"),
+    ...     size("groups heads d hidden vocab"),
+    ...     let("r", "heads / groups"),
+    ...     rule(tensor("emb.w")[(vocab + pad) / "tp", hidden], tensor("embed.w")[vocab, hidden], on={"pp": 0}),
+    ...     within(
+    ...         "layers.{l/pp}",
+    ...         "layers.{l}",
+    ...         rule(
+    ...             tensor("qkv.w")[groups / "tp" * (r * d + d + d), hidden],
+    ...             tensor("q.w")[groups * r * d, hidden],
+    ...             tensor("k.w")[groups * d, hidden],
+    ...             tensor("v.w")[groups * d, hidden],
+    ...         ),
+    ...     ),
+    ... )
+    >>> print(format_program(made), end="")
+    format 1
+    mesh tp pp
+    size groups heads d hidden vocab
+    let r = heads / groups
+    emb.w  [(vocab + _)/tp, hidden]  <->  embed.w [vocab, hidden]  on pp 0
+    <BLANKLINE>
+    in layers.{l/pp} {
+      qkv.w  [groups/tp (r d + d + d), hidden]  <->  q.w [groups r d, hidden],
+                                                     k.w [groups d, hidden],
+                                                     v.w [groups d, hidden]
+    }
 
 ``a * b`` composes, ``a + b`` concatenates, ``a / "tp"`` cuts and ``a @ "ep"`` places. Python's order of operators
 holds: ``a * b / "tp"`` is ``(a b)/tp``. Names are written as in text, without quotes. Arithmetic is text.
@@ -202,14 +215,14 @@ def pack(names: str, content: Part, *, reverse: bool = False) -> Pack:
 
 def state(
     names: str,
-    like: Layout | None = None,
+    own: Layout | None = None,
     *,
     lacking: Sequence[int] = (),
     each: str = "",
     replicas: Mapping[str, str] | None = None,
 ) -> State:
-    """``state exp_avg : like param``, or a state with a layout of its own."""
-    return State(tuple(names.split()), like, tuple(lacking), tuple(each.split()), _reduces(replicas))
+    """``state exp_avg : like param``, or a state with a layout of its `own`."""
+    return State(tuple(names.split()), own, tuple(lacking), tuple(each.split()), _reduces(replicas))
 
 
 def rule(
