@@ -62,5 +62,5 @@ def test_lists() -> None:
 def test_limits() -> None:
     text = " ".join(SECTIONS["Text"].split())
     assert f"at most {MOST_DIGITS} digits" in text
-    assert f"brackets {DEEPEST} deep, blocks 16 deep, {MOST_OPERATIONS} operations" in text
+    assert f"brackets of all kinds {DEEPEST} deep, blocks 16 deep, {MOST_OPERATIONS} operations" in text
     assert f"2^{MOST_CHARACTERS.bit_length() - 1} characters" in text
