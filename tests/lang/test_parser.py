@@ -250,7 +250,7 @@ def test_no_text_takes_long(text: str) -> None:
     else:
         message = ""
     assert len(message) < 1000
-    assert time.process_time() - begin < 4
+    assert time.process_time() - begin < 20
 
 
 def test_what_is_too_much() -> None:
