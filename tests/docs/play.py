@@ -3,10 +3,10 @@
 ``python -m tests.docs.play PAGE FOLDER`` does so with real DeepSpeed, in a job of one rank; FOLDER holds what
 ``ucp demo --keep demo`` made.
 
-In a ``python`` block, lines of the form ``#> text`` are what it prints. A ``ucp`` block is a sound conversion program.
-What begins with ``# file: name`` is written to that file. In a ``console`` block, ``$ ucp …`` is run as far as the
-first pipe, with everything up to the next ``$`` as its output; ``$ echo $?`` shows an exit code other than 0. ``...`` stands
-for any text, and ``/data`` for the folder. A ``toml`` block with entry points registers converters.
+In a ``python`` block, lines of the form ``#> text`` are what it prints. A ``ucp`` block is a sound conversion
+program. What begins with ``# file: name`` is written to that file. In a ``console`` block, ``$ ucp …`` is run as far
+as the first pipe, with everything up to the next ``$`` as its output; ``$ echo $?`` shows an exit code other than 0.
+``...`` stands for any text, and ``/data`` for the folder. A ``toml`` block with entry points registers converters.
 """
 
 from __future__ import annotations
