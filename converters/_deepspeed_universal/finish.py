@@ -11,6 +11,8 @@ from ucp.errors import FitError, NotFoundError
 from ucp.lazy import LazyTensor, lazy_tree
 from ucp.tree import Opaque
 
+from .placed import Stored, stored_for
+
 if TYPE_CHECKING:
     import torch
 
@@ -71,17 +73,14 @@ def _check_order(optimizer: Any) -> None:
             )
 
 
-def _unrestored(engine: Any, checkpoint: Checkpoint, *, strict: bool) -> Iterator[tuple[torch.Tensor, LazyTensor]]:
+def _unrestored(engine: Any, checkpoint: Checkpoint, *, strict: bool) -> Iterator[tuple[torch.Tensor, Stored]]:
     """Frozen parameters and persistent buffers of the job, each with where the checkpoint keeps it."""
     missing = []
     for name, tensor in _untrained(engine.module):
         if name not in checkpoint:
             missing.append(name)
             continue
-        stored, shape = checkpoint[name]["value"], tuple(getattr(tensor, "ds_shape", tensor.shape))
-        if stored.shape != shape:
-            raise FitError(f"{name}: has shape {list(shape)} in the job and {list(stored.shape)} in {checkpoint.url}")
-        yield tensor, stored
+        yield tensor, stored_for(name, tensor, checkpoint[name]["value"], checkpoint.url)
     if missing and strict:
         raise NotFoundError(
             f"{checkpoint.url}: has no {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}, "
@@ -100,19 +99,20 @@ def _untrained(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
-def _restore(tensor: torch.Tensor, stored: LazyTensor) -> None:
+def _restore(tensor: Any, stored: Stored) -> None:
     import torch
 
     with torch.no_grad():
         if not hasattr(tensor, "ds_id"):
-            tensor.copy_(stored[...])
+            tensor.copy_(stored.read())
             return
         import deepspeed
 
-        # Rank 0 fills the gathered parameter; leaving the context broadcasts it and partitions it again.
+        # The first rank of those that share the parameter fills it; leaving the context broadcasts it among them and
+        # partitions it again.
         with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
-            if torch.distributed.get_rank() == 0:
-                tensor.copy_(stored[...])
+            if torch.distributed.get_rank(tensor.ds_process_group) == 0:
+                tensor.copy_(stored.read())
 
 
 def _zero3_groups(engine: Any, checkpoint: Checkpoint) -> list[tuple[dict[str, Any], dict[str, Any]]]:

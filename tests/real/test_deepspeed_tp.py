@@ -20,7 +20,7 @@ from tests.support.tp.cached import TpFolder, tp_folder  # noqa: F401
 from tests.support.tp.case import CASES, QUICK
 from tests.support.tp.compare import differences, record, truth
 from ucp.errors import ConflictError, CorruptError, FitError, NotFoundError
-from ucp.lang import format_program, from_json
+from ucp.lang import format_program, from_json, parse
 
 READABLE = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
@@ -57,7 +57,8 @@ def test_every_state_equals_the_jobs_own(name: str, folders: Folders) -> None:
         groups = [(sorted(group.params), group.options["lr"]) for group in checkpoint.param_groups]
         assert groups == [(sorted(group["names"]), group["hyper"]["lr"]) for group in told["groups"]]
         if case.stage < 3:
-            assert checkpoint.catalog.witnesses.keys() == {n for n, t in checkpoint.catalog.tensors.items()}
+            trained = {tensor.name for tensor in checkpoint.catalog.tensors.values() if tensor.kind == "parameter"}
+            assert checkpoint.catalog.witnesses.keys() == trained
 
 
 def test_the_program_is_kept_and_short(folders: Folders) -> None:
@@ -142,6 +143,47 @@ def test_without_metadata_the_error_says_what_to_give(folders: Folders) -> None:
         ucp.open(str(folder))
     assert "program=" in str(caught.value.hint)
     assert "--spec" in str(caught.value.hint)
+
+
+SPEC = """\
+format 1
+mesh tp
+size vocab = 70
+size hidden inner qkv ffn
+0.word_embeddings.weight      [(vocab + _)/tp, hidden] <-> embed.weight [vocab, hidden]
+0.position_embeddings.weight  <-> positions.weight
+5.lm_head.weight              [(vocab + _)/tp, hidden] <-> head.weight [vocab, hidden]
+4.weight <-> norm.weight
+4.bias   <-> norm.bias
+in {l} <-> {l} {
+  input_layernorm.weight           <-> input_layernorm.weight
+  input_layernorm.bias             <-> input_layernorm.bias
+  post_attention_layernorm.weight  <-> post_attention_layernorm.weight
+  post_attention_layernorm.bias    <-> post_attention_layernorm.bias
+  self_attention.query_key_value.weight [qkv/tp, hidden] <-> qkv.weight [qkv, hidden]
+  self_attention.query_key_value.bias   [qkv/tp]         <-> qkv.bias [qkv]
+  self_attention.dense.weight [hidden, inner/tp] <-> out.weight [hidden, inner]
+  self_attention.dense.bias   [hidden]           <-> out.bias [hidden]
+  mlp.dense_h_to_4h.weight [ffn/tp + ffn/tp, hidden] <-> gate.weight [ffn, hidden], up.weight [ffn, hidden]
+  mlp.dense_4h_to_h.weight [hidden, ffn/tp]          <-> down.weight [hidden, ffn]
+  mlp.dense_4h_to_h.bias   [hidden]                  <-> down.bias [hidden]
+}
+state * : like param
+"""
+
+
+def test_without_metadata_a_program_tells(folders: Folders) -> None:
+    folder = folders["megatron_z1_fp32_pp2tp2dp1_silent"]
+    expected = truth(folder)
+    with ucp.open(str(folder / "ckpt"), program=parse(SPEC)) as checkpoint:
+        for state, kind in (("value", "param"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+            assert torch.equal(checkpoint["head.weight"][state][...], expected[f"{kind}/5.lm_head.weight"])
+            for layer in (1, 2, 3):
+                fused = expected[f"{kind}/{layer}.mlp.dense_h_to_4h.weight"]
+                gate, up = (checkpoint[f"{layer}.{name}.weight"][state][...] for name in ("gate", "up"))
+                assert torch.equal(torch.cat([gate, up]), fused)
+                down = checkpoint[f"{layer}.down.weight"][state][...]
+                assert torch.equal(down, expected[f"{kind}/{layer}.mlp.dense_4h_to_h.weight"])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ the source's bit for bit, and losses those of the run that was never interrupted
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tests.support.tp.cached import TpFolder, tp_folder  # noqa: F401
 from tests.support.tp.case import CASES
 from tests.support.tp.compare import record, truth, unpadded
-from tests.support.tp.job import run_resumes
+from tests.support.tp.job import run_loads, run_resumes
 from ucp.run.convert import carry_out, prepare
 
 FINISH = "ucp.converters.deepspeed_universal:finish_load"
@@ -38,6 +39,8 @@ MORE_MOVES: dict[str, list[dict[str, Any]]] = {
     "autotp_z2_fp32_tp2dp2_uneven": [degrees(1, 1, 2, stage=1), degrees(1, 2, 1), degrees(1, 2, 2, stage=3)],
     "autotp_z3_bf16_tp2dp2": [degrees(1, 1, 2), degrees(1, 2, 1), degrees(1, 2, 2, stage=1)],
     "autotp_z1_fp32_tp2dp1_phi3": [degrees(1, 1, 2), degrees(1, 2, 2)],
+    "autotp_z2_fp32_tp2dp2_frozen": [degrees(1, 1, 2), degrees(1, 2, 1), degrees(1, 2, 2, stage=3)],
+    "autotp_z3_fp32_tp2dp2_frozen": [degrees(1, 1, 2), degrees(1, 2, 2), degrees(1, 2, 1, stage=1)],
     "megatron_z1_fp32_pp2tp2dp2": [degrees(1, 1, 2), degrees(2, 1, 2), degrees(1, 2, 4), degrees(1, 4, 1)],
     "megatron_z1_bf16_pp2tp2dp2": [degrees(1, 1, 2), degrees(1, 2, 4), degrees(2, 2, 2)],
     "megatron_z1_fp32_pp1tp2dp2_untied": [degrees(2, 1, 1), degrees(1, 4, 1), degrees(1, 2, 2)],
@@ -73,6 +76,19 @@ def test_one_model_file_for_each_rank_of_older_versions(tp_folder: TpFolder, tmp
         "zero_pp_rank_0_mp_rank_00_model_states.pt",
         "zero_pp_rank_0_mp_rank_01_model_states.pt",
     ]
+
+
+@pytest.mark.slow
+def test_ucp_loads_into_other_degrees_by_the_sources_program(tp_folder: TpFolder, tmp_path: Path) -> None:  # noqa: F811
+    source = "megatron_z1_fp32_pp2tp2dp1"
+    moves = [degrees(1, 4, 1), degrees(2, 1, 1), degrees(2, 2, 1)]
+    cases = [CASES[source].replace(seed=OTHER_SEED, **move) for move in moves]
+    expected = truth(tp_folder(source))
+    for found in run_loads([(case, tp_folder(source) / "ckpt") for case in cases], tmp_path / "loaded"):
+        state = {key: unpadded(key, value) for key, value in load_file(str(found / "state.safetensors")).items()}
+        assert [key for key, value in state.items() if not torch.equal(value, expected[key])] == []
+        assert state.keys() == {key for key in expected if not key.startswith("lowp/")}
+        assert json.loads((found / "case.json").read_text()) == {"rates": [0.004, 0.01]}
 
 
 def check_moves(

@@ -38,6 +38,8 @@ def build_model(case: TpCase) -> torch.nn.Module:
     )
     torch.manual_seed(case.seed)
     model: torch.nn.Module = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (case.frozen and ".0.mlp." in name))
     return model
 
 
@@ -80,7 +82,10 @@ def build_job(case: TpCase, rank: int, world: int, *, load_universal: bool = Fal
         config["tensor_parallel"] = {"autotp_size": case.tp, "vocab_parallel_lm_head": False, **_partitioning(case)}
     # AutoTP replaces parameters inside initialize; only a callable sees those it made.
     engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=_optimizer, model_parameters=list(model.parameters()), config=config
+        model=model,
+        optimizer=_optimizer,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=config,
     )
     if case.architecture == "phi3":
         # The model takes the widths of its fused matrix from its configuration, which DeepSpeed leaves as it was.

@@ -21,7 +21,8 @@ class TpCase:
 
     ``autotp`` is a Hugging Face model that DeepSpeed itself cuts; ``megatron`` a GPT of Megatron's tensor-parallel
     layers in DeepSpeed's pipeline engine. `architecture` and `kv_heads` choose AutoTP's model, `info` is the version
-    that the Megatron-style job gives its ``universal_checkpoint_info``; ``None`` is a job that gives none.
+    that the Megatron-style job gives its ``universal_checkpoint_info``; ``None`` is a job that gives none. `frozen`
+    freezes the MLP of AutoTP's first layer.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TpCase:
     kv_heads: int = 2
     vocab: int = 104
     tied: bool = False
+    frozen: bool = False
     info: float | None = 0.2
     steps: int = 2
     more_steps: int = 2
@@ -97,6 +99,8 @@ CASES: dict[str, TpCase] = {
         TpCase(name="autotp_z3_bf16_tp2dp2", dp=2, stage=3, dtype="bf16"),
         TpCase(name="autotp_z3_fp32_tp2dp1_uneven", stage=3, kv_heads=3),
         TpCase(name="autotp_z1_fp32_tp2dp1_phi3", architecture="phi3"),
+        TpCase(name="autotp_z2_fp32_tp2dp2_frozen", dp=2, stage=2, frozen=True),
+        TpCase(name="autotp_z3_fp32_tp2dp2_frozen", dp=2, stage=3, frozen=True),
         TpCase(name="megatron_z1_fp32_pp2tp2dp1", launcher="megatron", pp=2, tied=True),
         TpCase(name="megatron_z1_bf16_pp2tp2dp2", launcher="megatron", pp=2, dp=2, dtype="bf16", tied=True),
         TpCase(name="megatron_z1_fp32_pp2tp2dp2", launcher="megatron", pp=2, dp=2, tied=True),

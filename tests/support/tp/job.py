@@ -1,6 +1,7 @@
 """Run tensor-parallel DeepSpeed jobs in a fresh process: train and save, or load and train on.
 
-`main` reads a list of ``{"case": …, "out": folder}`` from standard input; with ``root`` the job loads from there.
+`main` reads a list of ``{"case": …, "out": folder}`` from standard input; with ``root`` the job loads from there,
+with ``load`` ucp does.
 """
 
 from __future__ import annotations
@@ -38,6 +39,18 @@ def run_resumes(
     return folders
 
 
+def run_loads(loads: Sequence[tuple[TpCase, Path]], out: Path) -> list[Path]:
+    """Load each root with ``ucp.load`` into the model of the case; folders as of `run_resumes`."""
+    folders = [out / str(i) for i in range(len(loads))]
+    _run(
+        [
+            {"case": case.to_json(), "load": str(root), "out": str(folder)}
+            for (case, root), folder in zip(loads, folders, strict=True)
+        ]
+    )
+    return folders
+
+
 def _run(items: list[dict[str, Any]]) -> None:
     run_module(__name__, json.dumps(items), timeout=60.0 + RUN_LIMIT * len(items))
 
@@ -53,7 +66,9 @@ def main() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            if "root" in item:
+            if "load" in item:
+                ranks.run_load(case, item["load"], partial, timeout=RUN_LIMIT)
+            elif "root" in item:
                 limits = {"timeout": RUN_LIMIT, "universal": item["universal"]}
                 ranks.run_resume(case, item["root"], item["finish"], partial, **limits)
             else:

@@ -271,21 +271,7 @@ def client_state(case: TpCase) -> dict[str, Any]:
 
 def build_job(case: TpCase, rank: int, world: int, *, load_universal: bool = False) -> Job:
     """The model in DeepSpeed's pipeline engine; every rank holds its stage's and its tensor-parallel rank's part."""
-    deepspeed.init_distributed("gloo", verbose=False)
-    topology = PipeModelDataParallelTopology(num_pp=case.pp, num_mp=case.tp, num_dp=case.dp)
-    for ranks in topology.get_axis_comm_lists("model"):
-        group = distributed.new_group(ranks)
-        if rank in ranks:
-            Group.ranks, Group.size, Group.rank = group, case.tp, ranks.index(rank)
-    torch.manual_seed(case.seed)
-    module = PipelineModule(
-        layers=_layers(tied=case.tied),
-        topology=topology,
-        loss_fn=next_token_loss,
-        partition_method="uniform",
-        base_seed=case.seed,
-        seed_layers=True,
-    )
+    module = build_module(case, rank)
     names = group_names(module, 2)
     config = engine_config(case.plain(), load_universal=load_universal)
     config["train_micro_batch_size_per_gpu"] = MICRO_BATCH
@@ -294,6 +280,25 @@ def build_job(case: TpCase, rank: int, world: int, *, load_universal: bool = Fal
     optimizer = torch.optim.AdamW(param_groups(module, groups=2))
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return Job(case, engine, names, rank, world)  # type: ignore[arg-type]
+
+
+def build_module(case: TpCase, rank: int) -> PipelineModule:
+    """What this rank holds of the model, without an engine."""
+    deepspeed.init_distributed("gloo", verbose=False)
+    topology = PipeModelDataParallelTopology(num_pp=case.pp, num_mp=case.tp, num_dp=case.dp)
+    for ranks in topology.get_axis_comm_lists("model"):
+        group = distributed.new_group(ranks)
+        if rank in ranks:
+            Group.ranks, Group.size, Group.rank = group, case.tp, ranks.index(rank)
+    torch.manual_seed(case.seed)
+    return PipelineModule(
+        layers=_layers(tied=case.tied),
+        topology=topology,
+        loss_fn=next_token_loss,
+        partition_method="uniform",
+        base_seed=case.seed,
+        seed_layers=True,
+    )
 
 
 def train(job: Job, first: int, count: int) -> list[float]:
@@ -314,4 +319,9 @@ def place(job: Job) -> tuple[int, int]:
 
 def cuts(job: Job) -> dict[str, tuple[int, int] | None]:
     """How each parameter of this rank was cut: (dim, parts), or None where every rank has all of it."""
-    return {name: getattr(parameter, "cut", None) for name, parameter in job.engine.module.named_parameters()}
+    return cuts_of(job.engine.module)
+
+
+def cuts_of(module: nn.Module) -> dict[str, tuple[int, int] | None]:
+    """The same of a module."""
+    return {name: getattr(parameter, "cut", None) for name, parameter in module.named_parameters()}

@@ -74,6 +74,46 @@ def _load_and_train(
         (folder / "case.json").write_text(json.dumps({**record, "losses": losses}))
 
 
+def run_load(case: TpCase, root: str, out: Path, *, timeout: float) -> None:
+    """Load with ``ucp.load`` into the bare module and a torch optimizer, by the source's own program."""
+    _prepare(case)
+    spawn(_load_alone, case.world, case, root, str(out), timeout=timeout, method="fork")
+
+
+def _load_alone(rank: int, world: int, case: TpCase, root: str, out: str) -> None:
+    import ucp
+    from tests.support.model import param_groups
+    from ucp.lang import format_program, from_json, parse
+
+    launcher = _launcher(case)
+    module = launcher.build_module(case, rank)
+    optimizer = torch.optim.AdamW(param_groups(module, groups=2))
+    tp = launcher.Group.rank
+    strict = case.pp == 1
+    with ucp.open(root) as checkpoint:
+        assert checkpoint.catalog.program is not None
+        text = format_program(from_json(dict(checkpoint.catalog.program.ast)))
+        # A checkpoint says how many rows its own ranks padded to, and not what they rounded up to.
+        program = parse(text.replace("+ _)", f"+ _ align {launcher.DIVISIBLE}*tp)"))
+        place = {"mesh": {"tp": case.tp}, "coordinate": {"tp": tp}}
+        ucp.load((module, optimizer), checkpoint, program=program, strict=strict, **place)
+    held = {}
+    for name, parameter in module.named_parameters():
+        states = optimizer.state[parameter]
+        held[name] = {"param": parameter.detach(), **{k: states[k] for k in ("exp_avg", "exp_avg_sq")}}
+    own = {
+        "place": (module._grid.get_pipe_parallel_rank(), tp),
+        "cuts": launcher.cuts_of(module),
+        "truth": {f"{state}/{name}": value for name, states in held.items() for state, value in states.items()},
+    }
+    everyone: list[Any] = [None] * world
+    distributed.all_gather_object(everyone, own)
+    if rank == 0:
+        save_file(_wholes(everyone, apart=set())[0], Path(out) / "state.safetensors")
+        rates = {group["lr"] for group in optimizer.param_groups}
+        (Path(out) / "case.json").write_text(json.dumps({"rates": sorted(rates)}))
+
+
 def whole(module: Any, job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every tensor whole, and what is no tensor (collective): parts of all ranks put together by how they were cut."""
     own = {
@@ -85,18 +125,8 @@ def whole(module: Any, job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     everyone: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, own)
-    parts: dict[str, dict[int, Tensor]] = {}
-    cuts: dict[str, Any] = {}
     apart: set[str] = set()
-    for rank in sorted(everyone, key=lambda rank: rank["place"]):
-        stage, tp = rank["place"]
-        cuts = {**rank["cuts"], **cuts}
-        for key, value in rank["truth"].items():
-            held = parts.setdefault(key, {})
-            if not torch.equal(held.setdefault(tp, value), value):
-                # DeepSpeed keeps only a tied layer's tied weight in step between stages.
-                assert stage and "position_embeddings" in key, key
-                apart.add(key)
+    tensors, cuts = _wholes(everyone, apart)
     record = {
         "case": job.case.to_json(),
         "deepspeed": deepspeed.__version__,
@@ -106,7 +136,23 @@ def whole(module: Any, job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "cuts": cuts,
         "apart": sorted(apart),
     }
-    return {key: _join(held, cuts.get(key.partition("/")[2])).contiguous() for key, held in parts.items()}, record
+    return tensors, record
+
+
+def _wholes(everyone: list[Any], apart: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Whole tensors out of what all ranks hold, and how each was cut; `apart` gets keys that stages trained apart."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    cuts: dict[str, Any] = {}
+    for rank in sorted(everyone, key=lambda rank: rank["place"]):
+        stage, tp = rank["place"]
+        cuts = {**rank["cuts"], **cuts}
+        for key, value in rank["truth"].items():
+            held = parts.setdefault(key, {})
+            if not torch.equal(held.setdefault(tp, value), value):
+                # DeepSpeed keeps only a tied layer's tied weight in step between stages.
+                assert stage and "position_embeddings" in key, key
+                apart.add(key)
+    return {key: _join(held, cuts.get(key.partition("/")[2])).contiguous() for key, held in parts.items()}, cuts
 
 
 def _join(parts: dict[int, Tensor], cut: Any) -> Tensor:

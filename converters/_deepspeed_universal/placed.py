@@ -1,0 +1,64 @@
+"""The part of a stored tensor that a tensor-parallel job holds, where AutoTP marks it on the parameter.
+
+The mark: ``ds_autotp_universal_checkpoint_meta`` with ``conversion.affine_map`` (deepspeed/module_inject/layers.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ucp.errors import FitError
+from ucp.lazy import LazyTensor
+
+from .._deepspeed import nodes
+from .._deepspeed.affine import from_affine
+from .._deepspeed.cuts import Along, merged
+
+if TYPE_CHECKING:
+    import torch
+
+_MARK = "ds_autotp_universal_checkpoint_meta"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of the checkpoint, or the indices `cut` of rank `rank` out of it."""
+
+    whole: LazyTensor
+    cut: Along | None = None
+    rank: int = 0
+
+    def read(self) -> torch.Tensor:
+        """The values."""
+        import torch
+
+        value: torch.Tensor = self.whole[...]
+        if self.cut is None:
+            return value
+        runs = merged(self.cut.runs[self.rank])
+        return torch.cat([value.narrow(self.cut.dim, start, length) for start, length in runs], self.cut.dim)
+
+
+def stored_for(name: str, tensor: Any, whole: LazyTensor, url: str) -> Stored:
+    """What of `whole` belongs into `tensor` of the job; FitError if that is not all and nothing says what."""
+    shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+    if whole.shape == shape:
+        return Stored(whole)
+    mark = getattr(tensor, _MARK, None)
+    entry = mark.get("conversion", {}).get("affine_map") if isinstance(mark, Mapping) else None
+    if entry is not None:
+        ranks = nodes.mapping(entry["ranks"], name)
+        shapes = [nodes.shape(ranks[rank]["shard_shape"], name) for rank in sorted(ranks)]
+        cut, rank = from_affine(entry, shapes, f"AutoTP's mark on {name}"), _tensor_parallel_rank()
+        fits = nodes.shape(entry["logical_shape"], name) == whole.shape and shapes[rank] == shape
+        if isinstance(cut, Along) and fits and merged(cut.runs[rank]):
+            return Stored(whole, cut, rank)
+    raise FitError(f"{name}: has shape {list(shape)} in the job and {list(whole.shape)} in {url}")
+
+
+def _tensor_parallel_rank() -> int:
+    from deepspeed.utils import groups
+
+    return int(groups.get_tensor_model_parallel_rank())
