@@ -134,6 +134,7 @@ def test_what_ranks_hold_is_averaged_and_so_are_its_states(tmp_path):
     text = "format 1\nmesh tp\nsize n\nstate exp_avg : like param\nnorm [n] mean tp -> norm [n]"
     catalog, store = put_together(tmp_path, text, with_states(shards), mesh=Mesh({"tp": 2}))
     np.testing.assert_array_equal(read(catalog, store, "norm"), mean.astype("<f4"))
+    assert "the mean of what ranks hold: 1 tensor, norm" in catalog.notes
     low, high = ((shards[at]["norm"] + np.float32(100)).astype("f8") for at in TP)
     np.testing.assert_array_equal(read(catalog, store, "norm", "exp_avg"), ((low + high) / 2).astype("<f4"))
 

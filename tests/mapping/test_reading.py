@@ -97,7 +97,9 @@ def test_a_family_hands_over_its_shards_to_be_opened_and_converted(sliced, tmp_p
     url, program = str(tmp_path / "sliced"), parse(PROGRAM)
     ckpt = ucp.open(url, program=program, some=1)
     np.testing.assert_array_equal(ckpt["layers.3.k.weight"]["value"][1:3].numpy(), LOGICAL["layers.3.k.weight"][1:3])
-    report = ucp.convert(url, str(tmp_path / "out"), program=program, read_options={"some": 1})
+    report = ucp.convert(
+        url, str(tmp_path / "out"), program=program, read_options={"some": 1}, processes=True, workers=2
+    )
     assert report.bytes_checked > 0
     done = ucp.open(tmp_path / "out")
     assert done.catalog.program == ckpt.catalog.program

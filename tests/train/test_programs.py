@@ -202,6 +202,13 @@ def test_a_rank_that_holds_several_virtual_stages_names_them(tmp_path):
         ucp.load(chunks, ckpt, program=program, mesh={"pp": 2, "vpp": 2}, coordinate={**place, "pp": 1})
 
 
+def test_an_alias_that_the_job_does_not_have_is_no_matter(tmp_path):
+    made = make(str(tmp_path), {"e": {"value": torch.ones(3)}}, ties={"head": "e"})
+    room = {"embed": torch.zeros(3)}
+    ucp.load(room, Checkpoint(*made), program=parse("format 1\nsize n\nembed [n] <-> e [n]"))
+    assert room["embed"].all()
+
+
 def test_tensors_that_are_renamed_only_need_no_layout(tmp_path):
     program = parse("format 1\nmodel.{rest}.w <-> {rest}.weight")
     ckpt = Checkpoint(*make(str(tmp_path), {"a.weight": {"value": torch.arange(6.0).reshape(2, 3)}}))

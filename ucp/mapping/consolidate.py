@@ -187,11 +187,18 @@ class _Consolidation:
                 yield from compose(plain, piece.block, shape, replica=replica, term=term)
 
     def notes(self) -> Iterator[str]:
-        """What the program left out."""
+        """What the program left out, and what is no longer what any rank held."""
         gone = sorted({self.shards.held[number].name for number in self.bound.dropped})
         if gone:
-            more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
-            yield f"the program drops {len(gone)} tensors: {' '.join(gone[:3])}{more}"
+            yield f"the program drops {_counted(gone)}"
+        for kind in sorted(set(self.bound.reduces.values())):
+            made = dict.fromkeys(name for (name, _), found in self.bound.reduces.items() if found == kind)
+            yield f"the {kind} of what ranks hold: {_counted(list(made))}"
+
+
+def _counted(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)}, {' '.join(names[:3])}{more}"
 
 
 def _check_cast(key: Key, source: str, target: str) -> None:

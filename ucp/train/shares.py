@@ -18,7 +18,7 @@ from ucp.lang import Program, from_json
 from ucp.lang.ast import Sizes
 from ucp.lang.export import Exporter, Shard, Wanted, export
 from ucp.lang.held import Held
-from ucp.layout import Box, Mesh
+from ucp.layout import Box, Mesh, Shape
 from ucp.layout.block import NO_STEP, Block, View
 from ucp.mapping import ProgramLike, as_program
 from ucp.plan import Cover, Key, TensorSpec
@@ -163,21 +163,36 @@ def share_out(catalog: Catalog, targets: Targets, wish: Wish) -> Shares:
     """
     program, config, flags = _chosen(catalog, wish)
     logical = {name: spec.shape for name, tensor in catalog.tensors.items() if (spec := tensor.states.get("value"))}
-    exporter = export(
-        program,
-        logical,
-        mesh=wish.mesh,
-        sizes=wish.sizes,
-        config=config,
-        flags={**flags, **wish.flags},
-        ties=catalog.ties,
-        job=list(_held(targets, wish)),
-    )
+    exporter = _exporter(catalog, program, logical, wish, list(_held(targets, wish)), config, {**flags, **wish.flags})
 
     def holder(name: str) -> str:
         return catalog.resolve(name if name in logical or name in catalog.ties else exporter.aliases.get(name, name))
 
     return _Sharing(catalog, exporter, wish, holder).shares(_states(catalog, targets))
+
+
+def _exporter(
+    catalog: Catalog,
+    program: Program,
+    logical: Mapping[str, Shape],
+    wish: Wish,
+    held: Sequence[Held],
+    config: Mapping[str, int],
+    flags: Mapping[str, bool],
+) -> Exporter:
+    def tied(ties: Mapping[str, str]) -> Exporter:
+        return export(
+            program, logical, mesh=wish.mesh, sizes=wish.sizes, config=config, flags=flags, ties=ties, job=held
+        )
+
+    try:
+        return tied(catalog.ties)
+    except FitError as error:
+        # A job need not have a tensor for each alias of the checkpoint.
+        try:
+            return tied({})
+        except FitError:
+            raise error from None
 
 
 def _chosen(catalog: Catalog, wish: Wish) -> tuple[Program, Mapping[str, int], Mapping[str, bool]]:
