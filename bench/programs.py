@@ -2,8 +2,9 @@
 
     python -m bench.programs [--only dense|moe] [--dp N] [--profile] [--json FILE]
 
-Each job runs in a process of its own. Making the list of shards, which is a reader's work, is not timed; its memory
-counts. `--profile` prints what takes the time instead of the table.
+Each job runs in a process of its own, on one thread. Making the list of shards, which is a reader's work, is not timed;
+its memory counts. The target is judged by CPU seconds, which are wall seconds on a machine that does nothing else.
+`--profile` prints what takes the time, too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bench.programs_jobs import Job, dense, moe
 from bench.report import table
 
 SECONDS, MEBIBYTES = 5.0, 1024
-"""The targets: check, bind and compile together, and the largest resident set."""
+"""The targets: check, bind and compile together, and the largest resident set, export included."""
 
 JOBS: dict[str, Callable[..., Job]] = {"dense": dense, "moe": moe}
 TITLES = {"dense": "405B dense, TP 8, PP 16, VPP 4", "moe": "671B experts, EP 64, PP 16"}
@@ -132,7 +133,7 @@ def report(results: list[Result]) -> str:
 
 
 def _met(result: Result) -> bool:
-    return float(result["bind_s"]) <= SECONDS and float(result["export_peak_mib"]) <= MEBIBYTES
+    return float(result["bind_cpu_s"]) <= SECONDS and float(result["export_peak_mib"]) <= MEBIBYTES
 
 
 def _apart(name: str, *, dp: int, profile: bool) -> Result:
