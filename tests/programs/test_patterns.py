@@ -126,7 +126,7 @@ def test_shard_along_one_dim(layout, dim, ranks):
 
 
 def test_shard_v_flattened_parameters_of_zero_3():
-    """The paper's numbers: 1024 elements are 342 on each of 3 ranks, two of them padding, and 512 on each of 2, not 513."""
+    """The paper's numbers: 1024 elements are 342 on each of 3 ranks, two of them padding; 512 on each of 2."""
     text = program("mesh dp\nsize a b\nflat [(a b + _)/dp] <-> w [a, b]")
     weight = numbers(32, 32)
     padded = np.concatenate([weight.reshape(-1), [7, 7]]).astype(np.float32)

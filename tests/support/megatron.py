@@ -64,6 +64,8 @@ class Grid:
     ep: int = 1
     etp: int = 1
     dp: int = 1
+    first_stage: int | None = None
+    """Layers of the first stage, where it is to have another number than the rest."""
 
     @property
     def world(self) -> int:
@@ -71,13 +73,17 @@ class Grid:
 
     @property
     def name(self) -> str:
-        return "_".join(f"{axis}{size}" for axis, size in dataclasses.asdict(self).items() if size > 1) or "one"
+        listed = self._listed().items()
+        return "_".join(f"{axis}{n}" for axis, n in listed if n > 1 or axis == "first_stage") or "one"
 
     @property
     def mesh(self) -> dict[str, int]:
         """Axis sizes as the programs name them. Experts divide the same ranks another way."""
-        sizes = dataclasses.asdict(self)
+        sizes = {axis: size for axis, size in self._listed().items() if axis != "first_stage"}
         return {**sizes, "edp": self.tp * self.dp // (self.ep * self.etp)}
+
+    def _listed(self) -> dict[str, int]:
+        return {axis: size for axis, size in dataclasses.asdict(self).items() if size is not None}
 
 
 ONE = Grid()

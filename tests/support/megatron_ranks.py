@@ -76,6 +76,8 @@ def config(model: Model, grid: Grid) -> TransformerConfig:
     }
     if grid.vpp > 1:
         options["virtual_pipeline_model_parallel_size"] = grid.vpp
+    if grid.first_stage is not None:
+        options["num_layers_in_first_pipeline_stage"] = grid.first_stage
     if model.experts is not None:
         options.update(_expert_options(model))
     return TransformerConfig(**options)

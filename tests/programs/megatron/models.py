@@ -23,8 +23,11 @@ MIXTRAL = Model("mixtral", experts=4)
 MIXED = Model("mixed", experts=4, ffn_shared=28, expert_layers=(0, 1, 1, 1))
 """A dense layer before those with experts, and an expert that all tokens share."""
 
+UNEVEN = Grid(pp=2, first_stage=1)
+"""One layer in the first stage, three in the second."""
+
 GRIDS: dict[Model, tuple[Grid, ...]] = {
-    LLAMA: (Grid(tp=2), Grid(tp=2, pp=2), Grid(pp=2, vpp=2), Grid(tp=4), Grid(tp=2, dp=2)),
+    LLAMA: (Grid(tp=2), Grid(tp=2, pp=2), Grid(pp=2, vpp=2), Grid(tp=4), Grid(tp=2, dp=2), UNEVEN),
     GPT: (Grid(tp=4), Grid(tp=2, pp=2), Grid(pp=2, vpp=2)),
     QWEN2: (Grid(tp=2, pp=2),),
     QWEN3: (Grid(tp=2, pp=2), Grid(tp=4)),
@@ -67,6 +70,12 @@ def settings(model: Model, grid: Grid) -> dict[str, Any]:
     return {"mesh": mesh, "sizes": sizes(model), "flags": flags(model)}
 
 
+def cuts(model: Model, grid: Grid) -> dict[tuple[str, tuple[str, ...]], tuple[int, ...]]:
+    """Which layers are whose, where stages differ; told only to cut: in what is read the names show it."""
+    first = grid.first_stage
+    return {} if first is None else {("l", ("vpp", "pp")): (0, first, model.layers)}
+
+
 def shards(model: Model, held: Held) -> dict[Coordinate, Arrays]:
     """What each rank holds, at its coordinate on the axes of the program."""
     known = axes(program(model))
@@ -80,7 +89,8 @@ def logical(model: Model, held: Held) -> dict[str, np.ndarray]:
 def sharded(model: Model, tensors: Arrays, held: Held) -> dict[Coordinate, dict[str, np.ndarray]]:
     """The logical tensors as the ranks of another grid would hold them."""
     places = list(shards(model, held))
-    return scatter(program(model), tensors, coordinates=places, **settings(model, held.grid))
+    asked = {**settings(model, held.grid), "cuts": cuts(model, held.grid)}
+    return scatter(program(model), tensors, coordinates=places, **asked)
 
 
 def assert_same(found: Arrays, expected: Arrays) -> None:

@@ -13,6 +13,7 @@ from tests.programs.megatron.models import (
     MIXED,
     MIXTRAL,
     NAMES,
+    UNEVEN,
     assert_same,
     logical,
     sharded,
@@ -53,6 +54,7 @@ def test_a_single_rank_is_cut_as_the_framework_cuts_it(families, model, grid):
     [
         (LLAMA, Grid(tp=2, pp=2), Grid(tp=4)),
         (LLAMA, Grid(tp=4), Grid(pp=2, vpp=2)),
+        (LLAMA, Grid(tp=2, pp=2), UNEVEN),
         (LLAMA, Grid(pp=2, vpp=2), Grid(tp=2, pp=2)),
         (GPT, Grid(pp=2, vpp=2), Grid(tp=2, pp=2)),
         (GPT, Grid(tp=2, pp=2), Grid(tp=4)),

@@ -5,14 +5,19 @@ from __future__ import annotations
 import pytest
 
 from tests.programs.megatron import emulated
-from tests.programs.megatron.models import GPT, GRIDS, LLAMA, assert_same, axes, logical, sizes
+from tests.programs.megatron.models import GPT, GRIDS, LLAMA, UNEVEN, assert_same, axes, logical, sizes
 from tests.support.megatron import ONE, Grid
 from ucp.errors import UcpError
 from ucp.lang import load_program
 from ucp.lang.arrays import gather, scatter
 from ucp.layout import Mesh
 
-DENSE = [(model, grid) for model in (LLAMA, GPT) for grid in (ONE, *GRIDS[model]) if grid.tp <= model.groups]
+DENSE = [
+    (model, grid)
+    for model in (LLAMA, GPT)
+    for grid in (ONE, *GRIDS[model])
+    if grid.tp <= model.groups and grid != UNEVEN
+]
 each_dense = pytest.mark.parametrize(("model", "grid"), DENSE, ids=lambda value: value.name)
 
 
