@@ -116,8 +116,8 @@ def scatter(
 
 def make(shard: Shard, logical: Mapping[str, Array], aliases: Mapping[str, str]) -> Array:
     """One shard, filled from the logical tensors."""
-    first = logical[_holder(shard.blocks[0].name, logical, aliases)] if shard.blocks else np.zeros((), np.float32)
-    made = np.zeros(shard.shape, first.dtype)
+    names = [wanted.name for wanted in shard.blocks] or list(shard.tensors) or list(logical)
+    made = np.zeros(shard.shape, logical[_holder(names[0], logical, aliases)].dtype)
     for wanted in shard.blocks:
         source = logical[_holder(wanted.name, logical, aliases)]
         shard_part(made, wanted.block)[...] = inside(source, wanted.view, wanted.block)
@@ -130,8 +130,11 @@ def _holder(name: str, logical: Mapping[str, Array], aliases: Mapping[str, str])
 
 def inside(tensor: Array, view: View, block: Block) -> Array:
     """The elements of the block in the logical tensor, which must be contiguous; a view of it."""
-    index = tuple(slice(a, b) for a, b in zip(block.box.start, block.box.stop, strict=True))
-    return tensor.reshape(view.shape)[index]
+    slices = (slice(a, b) for a, b in zip(block.box.start, block.box.stop, strict=True))
+    # With the ellipsis a tensor without dims is an array too.
+    index: Any = (*slices, ...)
+    part: Array = tensor.reshape(view.shape)[index]
+    return part
 
 
 def shard_part(shard: Array, block: Block) -> Array:

@@ -113,10 +113,11 @@ def bind(
         for part in compiler.compile(shard, match):
             found.setdefault((part.name, shard.state), []).append((number, part))
     produced: dict[int, list[str]] = {}
-    for (name, state), parts in found.items():
-        if state == "value":
+    state = "value" if any(state == "value" for _, state in found) else next((state for _, state in found), "")
+    for (name, other), parts in found.items():
+        if other == state:
             produced.setdefault(parts[0][1].rule, []).append(name)
-    check_siblings(checked, compiler.flags, produced, solver.sizes)
+    check_siblings(checked, compiler.flags, produced, {**solver.mesh, **solver.sizes})
     return _assembled(_Parts(checked, held, solver, setting, chosen), found, tuple(dropped), uses)
 
 
@@ -204,7 +205,7 @@ def _placed(parts: _Parts, key: Key, tensor: Logical, blocks: Sequence[Found]) -
     kinds = {part.reduce.kind for _, part in blocks if part.reduce is not None}
     if "any" in kinds:
         blocks = _first_along(parts, blocks)
-    found, hole = place(((number, part.block) for number, part in blocks), tensor.view.shape)
+    found, hole = place([(n, part.block) for n, part in blocks if part.block is not None], tensor.view.shape)
     if hole is not None:
         raise _missing(key, tensor, hole)
     reducing = sorted(kinds - {"any"})
@@ -219,7 +220,8 @@ def _first_along(parts: _Parts, blocks: Sequence[Found]) -> list[Found]:
     for number, part in blocks:
         any_axes = part.reduce.axes if part.reduce is not None and part.reduce.kind == "any" else ()
         rest = tuple(sorted((a, i) for a, i in parts.held[number].coordinate.items() if a not in any_axes))
-        kept.setdefault((part.block.box, rest), (number, part))
+        if part.block is not None:
+            kept.setdefault((part.block.box, rest), (number, part))
     return list(kept.values())
 
 

@@ -73,9 +73,9 @@ def _split(copies: dict[Box, list[tuple[int, Block]]], shape: Shape) -> tuple[li
 
 
 def _inside(block: Block, box: Box) -> Block:
-    found = block.within(box)
-    assert found is not None, "a box outside its block"
-    return found
+    """The part of a block inside `box`, which lies in the block's box."""
+    first = zip(box.start, block.box.start, strict=True)
+    return block.part([(a - b, n) for (a, b), n in zip(first, box.shape, strict=True)])
 
 
 def _hole(whole: Box, boxes: Sequence[Box]) -> Box | None:

@@ -42,9 +42,11 @@ class Shard:
     blocks: tuple[Wanted, ...]
     dtype: str | None
     """Where the program says one, as it writes it."""
+    tensors: tuple[str, ...] = ()
+    """Logical tensors that its rule makes it of. It may have nothing of them here: all padding."""
 
 
-_Made = tuple[str, Shape, tuple[Wanted, ...], str | None]
+_Made = tuple[str, Shape, tuple[Wanted, ...], str | None, tuple[str, ...]]
 """A shard without its coordinate: name, local shape, what fills it, and the dtype that the program says."""
 
 
@@ -73,8 +75,8 @@ class Exporter:
         """Every shard at each of `coordinates`, in order of rules. FitError where a cut does not come out."""
         for given in coordinates:
             for ready, tensors in self.rules:
-                for name, shape, blocks, dtype in self._held(ready, tensors, given, state):
-                    yield Shard(name, shape, given, blocks, dtype)
+                for name, shape, blocks, dtype, of in self._held(ready, tensors, given, state):
+                    yield Shard(name, shape, given, blocks, dtype, of)
 
     def _held(self, ready: Ready, tensors: Sequence[Values], given: Mapping[str, int], state: str) -> tuple[_Made, ...]:
         """The shards of one rule at a coordinate. Coordinates that hold the same share what is made."""
@@ -113,7 +115,8 @@ class Exporter:
         for wanted in found:
             if self.logical and wanted.name not in self.logical and wanted.name not in self.aliases:
                 raise FitError(f"{name} needs {wanted.name}, and there is no such tensor")
-        return name, shape, found, layout.dtype if layout and state == "value" else None
+        of = self.compiler.targets(ready, values)
+        return name, shape, found, layout.dtype if layout and state == "value" else None, of
 
 
 def export(

@@ -26,11 +26,11 @@ from ucp.layout.spell import spell as spell_dim
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A block of the logical tensor `name` in a shard, and what the rule says of the tensor."""
+    """A block of the logical tensor `name` in a shard, if it holds any of it, and what the rule says of the tensor."""
 
     name: str
     rule: int
-    block: Block
+    block: Block | None
     view: View
     dims: tuple[str, ...]
     dtype: str
@@ -104,17 +104,20 @@ class Compiler:
             values[axis] = fixed[axis]
         compiled = self._compiled(ready, form, shard, coordinate, fixed)
         dtypes = self._dtypes(ready, form, shard)
-        for k, (side, placed_blocks) in enumerate(zip(ready.equation.targets, compiled.blocks, strict=True)):
-            if not placed_blocks:
+        for k, (side, found) in enumerate(zip(ready.equation.targets, compiled.blocks, strict=True)):
+            stacked = ready.named[k] - ready.leaves if ready.named else frozenset()
+            if not found and stacked:
                 continue
+            # A shard that holds nothing still says that there is such a tensor.
+            placed_blocks: tuple[Placed | None, ...] = found or (None,)
             self._compute(side.name, values)
-            name = "" if any(placed.names for placed in placed_blocks) else spell(side.name, values)
+            name = "" if any(placed.names for placed in found) else spell(side.name, values)
             for placed in placed_blocks:
-                own = name or spell(side.name, {**values, **dict(placed.names)})
+                own = name or spell(side.name, {**values, **dict(placed.names if placed else ())})
                 yield Part(
                     own,
                     ready.equation.number,
-                    placed.block,
+                    placed.block if placed else None,
                     compiled.views[k],
                     form.texts[k] or _plain_texts(shard),
                     dtypes[k],
@@ -168,6 +171,16 @@ class Compiler:
             self._compute(side.name, known)
             found += [(spell(side.name, {**known, **dict(p.names)}), view, p.block) for p in blocks]
         return compiled.shape, found
+
+    def targets(self, ready: Ready, values: Mapping[str, int | str]) -> tuple[str, ...]:
+        """Names of the logical tensors that a rule makes a tensor of, but those stacked along a dim of it."""
+        names = []
+        for k, side in enumerate(ready.equation.targets):
+            if not ready.named or not ready.named[k] - ready.leaves:
+                self._compute(side.name, known := dict(values))
+                if all(capture.name in known for capture in captures(side.name)):
+                    names.append(spell(side.name, known))
+        return tuple(names)
 
     def form(self, ready: Ready, shard: Held) -> Form:
         """The rule as it applies to the shard's state."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from ucp.errors import FitError
 from ucp.lang.ast import Capture, Pattern
@@ -26,6 +27,8 @@ class _Member:
 
     ready: Ready
     target: Pattern
+    depth: int
+    """How many captures of the name the values are of."""
     names: Mapping[Numbers, str]
 
 
@@ -40,6 +43,7 @@ def check_siblings(
     groups: dict[str, list[_Member]] = {}
     for ready in checked.rules:
         if ready.equation.imports and holds(ready.equation.conditions, flags):
+            _stacks(checked, ready, produced.get(ready.equation.number, ()), sizes)
             for prefix, member in _members(ready, produced.get(ready.equation.number, ())):
                 groups.setdefault(prefix, []).append(member)
     for members in groups.values():
@@ -61,7 +65,7 @@ def _members(ready: Ready, produced: Collection[str]) -> Iterator[tuple[str, _Me
         found = [(name, values) for name in produced if (values := matcher.match(name)) is not None]
         for n, prefix in enumerate(_prefixes(side.name), 1):
             names = {tuple(values[key] for key in order[:n]): name for name, values in found}
-            yield prefix, _Member(ready, side.name, names)
+            yield prefix, _Member(ready, side.name, n, names)
 
 
 def _prefixes(pattern: Pattern) -> Iterator[str]:
@@ -71,20 +75,54 @@ def _prefixes(pattern: Pattern) -> Iterator[str]:
 
 
 def _counted(checked: Checked, members: list[_Member], sizes: Mapping[str, int]) -> None:
-    """If the first capture of a name is a size: all numbers below it are there, and no other."""
-    first = captures(members[0].target)[0].name
-    seen = {values[0]: name for member in members for values, name in member.names.items() if len(values) == 1}
-    if first not in sizes or not seen:
+    """If the last capture of the members' prefix is a size: all numbers below it are there, and no other.
+
+    So it is for every value of the captures before it that anyone has.
+    """
+    depth = members[0].depth
+    capture = captures(members[0].target)[depth - 1].name
+    seen: dict[Numbers, dict[str, str]] = {}
+    for member in members:
+        for values, name in member.names.items():
+            seen.setdefault(values[:-1], {})[str(values[-1])] = name
+    if depth == 1 and any(not member.ready.equation.optional for member in members):
+        seen.setdefault((), {})
+    if capture not in sizes:
         return
-    wanted = {str(number) for number in range(sizes[first])}
-    extra = [name for value, name in seen.items() if str(value) not in wanted]
-    missing = sorted(wanted - {str(value) for value in seen}, key=int)
-    if extra or missing:
-        problem = f"{extra[0]} is there" if extra else f"there is none of {_name(members[0], (missing[0],))}"
-        raise FitError(
-            f"{checked.program.file}: {first} is {sizes[first]}, but {problem}",
-            hint="tensors of whole layers are missing, or the configuration is of another model",
-        )
+    wanted = {str(number) for number in range(sizes[capture])}
+    for before, names in seen.items():
+        extra = [name for value, name in names.items() if value not in wanted]
+        missing = sorted(wanted - names.keys(), key=int)
+        if extra or missing:
+            problem = (
+                f"{extra[0]} is there" if extra else f"there is none of {_name(members[0], (*before, missing[0]))}"
+            )
+            raise FitError(
+                f"{checked.program.file}: {capture} is {sizes[capture]}, but {problem}",
+                hint="tensors of whole layers are missing, or the configuration is of another model",
+            )
+
+
+def _stacks(checked: Checked, ready: Ready, produced: Collection[str], sizes: Mapping[str, int]) -> None:
+    """Tensors that lie stacked along a dim of the source: each index of the dim made one."""
+    for side, named in zip(ready.equation.targets, ready.named, strict=False):
+        stacked = sorted(named - ready.leaves)
+        if not stacked:
+            continue
+        matcher = Matcher.of(side.name, ready.numbers | ready.axis_leaves | named)
+        found: dict[Numbers, set[Numbers]] = {}
+        for name in produced:
+            values = matcher.match(name)
+            if values is not None:
+                rest = tuple(value for key, value in values.items() if key not in stacked)
+                found.setdefault(rest, set()).add(tuple(values[key] for key in stacked))
+        for indices in found.values():
+            if len(indices) < prod(sizes[name] for name in stacked):
+                raise FitError(
+                    f"{checked.where(ready.equation)}: {describe(side.name)} is there {len(indices)} times, but "
+                    f"{' and '.join(f'{name} is {sizes[name]}' for name in stacked)}",
+                    hint="a rank's tensors are missing",
+                )
 
 
 def _alike(checked: Checked, members: list[_Member], others: list[_Member]) -> None:

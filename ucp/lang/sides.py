@@ -159,7 +159,9 @@ def _leaves(
         | {capture.name for side in equation.targets for capture in captures(side.name) if capture.name in all_axes}
     )
     used_as_dims = frozenset(name for name in source_names if any(name in dims for dims in target_dims))
-    named = tuple(frozenset(c.name for c in captures(side.name)) & source_dims for side in equation.targets)
+    named = tuple(
+        frozenset(c.name for c in captures(side.name)) & (source_dims | used_as_dims) for side in equation.targets
+    )
     for number, branch in enumerate(parts):
         _conserved(scope, equation, number, branch, targets, axis_leaves)
     for number, side in enumerate(equation.targets):

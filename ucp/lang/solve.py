@@ -18,7 +18,7 @@ from ucp.lang.sums import evaluate, invert
 from ucp.layout import Mesh
 from ucp.layout.expr import Arith, Concat, Cut, Dim, Every, Expr, Pad, Product
 from ucp.layout.setting import Setting
-from ucp.layout.spell import spell, spell_arith
+from ucp.layout.spell import cut_name, spell, spell_arith
 
 Cuts = Mapping[tuple[str, tuple[str, ...]], tuple[int, ...]]
 Coordinate = Mapping[str, int]
@@ -230,10 +230,11 @@ def record(solver: Solver, name: str, axes: tuple[str, ...], lengths: Mapping[tu
     bounds = [0]
     for at in sorted(lengths):
         bounds.append(bounds[-1] + lengths[at])
-    solver.learn(name, bounds[-1], why)
+    news = solver.learn(name, bounds[-1], why)
     if len(set(lengths.values())) > 1:
         solver.cuts[name, axes] = tuple(bounds)
-    return True
+        return True
+    return news
 
 
 def _linear(
@@ -243,44 +244,40 @@ def _linear(
 
     None where something else is unknown, or the length is not linear.
     """
-    if isinstance(expr, Dim):
-        if expr == local:
-            return Fraction(1), Fraction(0)
-        recorded = _recorded(solver, expr, dict(seen.coordinate))
-        if recorded is not None:
-            return Fraction(0), Fraction(recorded)
-        ranks = _ranks(solver, expr.cuts)
-        value = solver.value(expr.name)
-        if ranks is None:
-            return None
-        if expr.name == name and local is None:
-            return Fraction(1, ranks), Fraction(0)
-        return None if value is None else (Fraction(0), Fraction(value, ranks))
     if isinstance(expr, Pad | Every):
         return None
-    parts = [
-        _linear(solver, seen, part, name, local) for part in (expr.items if isinstance(expr, Product) else expr.parts)
-    ]
+    if expr == local:
+        return Fraction(1), Fraction(0)
+    recorded = _recorded(solver, expr, dict(seen.coordinate)) if expr.cuts else None
+    if recorded is not None:
+        return Fraction(0), Fraction(recorded)
     ranks = _ranks(solver, expr.cuts)
     if ranks is None:
         return None
-    a, b = (Fraction(0), Fraction(1)) if isinstance(expr, Product) else (Fraction(0), Fraction(0))
+    if isinstance(expr, Dim):
+        if expr.name == name and local is None:
+            return Fraction(1, ranks), Fraction(0)
+        value = solver.value(expr.name)
+        return None if value is None else (Fraction(0), Fraction(value, ranks))
+    inner = expr.items if isinstance(expr, Product) else expr.parts
+    found = _composed(isinstance(expr, Product), [_linear(solver, seen, part, name, local) for part in inner])
+    return None if found is None else (found[0] / ranks, found[1] / ranks)
+
+
+def _composed(product: bool, parts: Sequence[tuple[Fraction, Fraction] | None]) -> tuple[Fraction, Fraction] | None:
+    """The product or the sum of linear lengths, if it is linear."""
+    a, b = Fraction(0), Fraction(1 if product else 0)
     for part in parts:
-        if part is None:
+        if part is None or (product and a and part[0]):
             return None
-        if isinstance(expr, Concat):
-            a, b = a + part[0], b + part[1]
-        elif a and part[0]:
-            return None
-        else:
-            a, b = a * part[1] + b * part[0], b * part[1]
-    return a / ranks, b / ranks
+        a, b = (a * part[1] + b * part[0], b * part[1]) if product else (a + part[0], b + part[1])
+    return a, b
 
 
-def _recorded(solver: Solver, dim: Dim, coordinate: Coordinate) -> int | None:
+def _recorded(solver: Solver, expr: Dim | Product | Concat, coordinate: Coordinate) -> int | None:
     """How much of a dim with recorded cuts a coordinate holds."""
-    axes = axes_of(dim.cuts)
-    bounds = solver.cuts.get((dim.name, axes))
+    axes = axes_of(expr.cuts)
+    bounds = solver.cuts.get((cut_name(expr), axes))
     if bounds is None or any(axis not in coordinate and solver.mesh.get(axis, 1) > 1 for axis in axes):
         return None
     which = 0
