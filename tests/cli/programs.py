@@ -1,4 +1,4 @@
-"""Programs for the command line's tests: one for the test family's checkpoint, and small ones that say how shards lie."""
+"""Programs for the command line's tests: one for the test family's checkpoint, one of a model on a grid."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-COMMANDS = ("check", "fmt", "explain", "list")
+COMMANDS = ("check", "fmt", "explain", "list", "new")
 
 
 class Spec(click.Group):

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 KEYS = {
     "programs": "list: `file`, and `rules`, a list of `line` (or null), `source`, `targets` (names), `inverse` "
-    "(`exact`, `replica-checked`, `lossy` or `one-way`), `coordinates` (how many different shards were compiled, with --mesh), "
-    "`lacking` (sizes that would be needed to compile it) and `tensors` (how many shards it took, with a CHECKPOINT)",
+    "(`exact`, `replica-checked`, `lossy` or `one-way`), `coordinates` (how many different shards were compiled, "
+    "with --mesh), `lacking` (sizes that would be needed to compile it) and `tensors` (how many shards it "
+    "took, with a CHECKPOINT)",
     "checkpoint": "object, or null without a CHECKPOINT: `url`, `mesh`, `shards`, `logical` (number of tensors that "
     "are made of them), `sizes` (object by name: `value`, `why`), `flags`, `ties`, `dropped` (names)",
 }
@@ -117,9 +118,7 @@ def _against(out: Output, program: Program, url: str, using: Using, reading: Rea
 
     source = read_source(url, reading, using.mesh)
     bound = source.bind(program, using)
-    why = evidence(
-        bound, source.held, sizes=using.sizes, config=source.sharded.config, cuts=source.sharded.cuts
-    )
+    why = evidence(bound, source.held, sizes=using.sizes, config=source.sharded.config, cuts=source.sharded.cuts)
     rules = [
         {**rule_facts(ready, program), "tensors": bound.uses.get(ready.equation.number, 0)}
         for ready in bound.checked.rules

@@ -23,10 +23,11 @@ KEYS = {
     "program": "file of the program",
     "name": "the tensor that was asked for",
     "rules": "list of the rules that are for it: `line` (or null), `text`, `side` (whether the name is a `source` "
-    "name or a `logical` one), `layout`, `filled` (the layout with the sizes of the first shard), `inverse`, `replicas` (axes "
-    "along which copies lie), `lacking` (sizes that would be needed), and `shards`: list of `name`, `coordinate`, "
-    "`shape`, `object` (or null without a CHECKPOINT) and `regions`: `here` (in the shard), `name` and `there` (in the "
-    "logical tensor), `shape` (of the logical tensor), `elements`, `order` (`transposed`, `reordered` or empty), "
+    "name or a `logical` one), `layout`, `filled` (the layout with the sizes of the first shard), `inverse`, "
+    "`replicas` (axes along which copies lie), `lacking` (sizes that would be needed), and `shards`: list of `name`, "
+    "`coordinate`, `shape`, `object` (or null without a CHECKPOINT) and `regions`: `here` (in the shard), "
+    "`name` and `there` (in the logical tensor), `shape` (of the logical tensor), `elements`, `order` "
+    "(`transposed`, `reordered` or empty), "
     "`replica` (0 is read, others are compared with it; null without a CHECKPOINT)",
 }
 

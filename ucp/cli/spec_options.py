@@ -42,9 +42,7 @@ def using_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _MESH = click.option("--mesh", metavar="AXIS=N,...", help="Ranks of each mesh axis, such as tp=2,pp=4.")
-_SIZE = click.option(
-    "--size", multiple=True, metavar="NAME=N", help="A size that shapes do not tell; may be repeated."
-)
+_SIZE = click.option("--size", multiple=True, metavar="NAME=N", help="A size that shapes do not tell; may be repeated.")
 _FLAG = click.option(
     "--flag", multiple=True, metavar="NAME=yes|no", help="A flag that names do not tell; may be repeated."
 )

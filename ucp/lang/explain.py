@@ -180,9 +180,7 @@ def _static(checked: Checked, solver: Solver, name: str, ready: Ready, side: str
     return _explanation(checked, solver, ready, name, side, holdings)
 
 
-def _whole(
-    ready: Ready, side: str, values: Values, solver: Solver, coordinate: Mapping[str, int]
-) -> Iterator[Values]:
+def _whole(ready: Ready, side: str, values: Values, solver: Solver, coordinate: Mapping[str, int]) -> Iterator[Values]:
     """Captured values over the whole model: of a source name at `coordinate`, or all that make a logical tensor."""
     if side == "source":
         known = dict(values)
@@ -250,8 +248,16 @@ def _explanation(
     alone = ready.axes | {place.axis for place in ready.equation.on}
     replicas = tuple(axis for axis in checked.axes if axis not in alone and solver.mesh.get(axis, 1) > 1)
     return Explanation(
-        name, side, ready, _lines(checked.program, ready), text, sizes, ready.inverse(checked.axes), replicas,
-        tuple(holdings), tuple(lacking),
+        name,
+        side,
+        ready,
+        _lines(checked.program, ready),
+        text,
+        sizes,
+        ready.inverse(checked.axes),
+        replicas,
+        tuple(holdings),
+        tuple(lacking),
     )
 
 

@@ -62,9 +62,7 @@ def _known(checked: Checked, mesh: Mesh, sizes: Mapping[str, int], flags: Mappin
                 raise UsageError(f"{checked.program.file}: no {what} {name!r}", hint=nearest(name, known))
 
 
-def _tried(
-    checked: Checked, ready: Ready, solver: Solver, setting: Setting, flags: Mapping[str, bool]
-) -> Tried:
+def _tried(checked: Checked, ready: Ready, solver: Solver, setting: Setting, flags: Mapping[str, bool]) -> Tried:
     conditions = [condition for condition in ready.equation.conditions if condition.flag in flags]
     if not holds(conditions, flags):
         return Tried(ready, 0, off=True)

@@ -1,0 +1,123 @@
+"""Names of a checkpoint as patterns: what differs in a number only is one family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ucp.lang.ast import Capture, Computed, Pattern, Wild
+from ucp.lang.match import Matcher
+from ucp.lang.overlap import both_match
+from ucp.layout.expr import Cut, Number
+
+LAYER, EXPERT = "l", "e"
+_LAYERS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks"})
+_EXPERTS = frozenset({"experts", "local_experts", "expert"})
+_OTHERS = "ijkmnpqsuvwxyz"
+
+Part = str | Capture | Computed | Wild
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Tensors whose names differ in numbers only.
+
+    `components` are the dotted parts of the name, a `Capture` where a number stands. `members` maps each name to the
+    numbers of the shards that have it.
+    """
+
+    components: tuple[str | Capture, ...]
+    members: Mapping[str, tuple[int, ...]]
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """The numbers in the name."""
+        return tuple(part for part in self.components if isinstance(part, Capture))
+
+    @property
+    def pattern(self) -> Pattern:
+        """The name as a program writes it."""
+        return dotted(self.components)
+
+    @property
+    def words(self) -> str:
+        """The name without its numbers, for looking at words."""
+        return ".".join(part for part in self.components if isinstance(part, str))
+
+
+def families(names: Sequence[str]) -> list[Family]:
+    """Shards by families, in order of first appearance; ``names[i]`` is the name of shard i.
+
+    A component that is a number becomes a capture if tensors differ in it, or if the component before it names layers
+    or experts; other numbers stay as they are.
+    """
+    groups: dict[tuple[str | None, ...], dict[str, list[int]]] = {}
+    for number, name in enumerate(names):
+        skeleton = tuple(None if _is_number(part) else part for part in name.split("."))
+        groups.setdefault(skeleton, {}).setdefault(name, []).append(number)
+    found = [Family(_components(group), {n: tuple(held) for n, held in group.items()}) for group in groups.values()]
+    return _apart(found)
+
+
+def dotted(components: Iterable[str | Capture]) -> Pattern:
+    """Components joined with dots."""
+    parts: list[Part] = []
+    for number, part in enumerate(components):
+        for piece in [".", part] if number else [part]:
+            if isinstance(piece, str) and parts and isinstance(parts[-1], str):
+                parts[-1] += piece
+            else:
+                parts.append(piece)
+    return Pattern(tuple(parts))
+
+
+def with_cut(family: Family, name: str, axis: str) -> tuple[str | Capture, ...]:
+    """The components with the capture `name` counted over `axis`: ``{l/pp}``."""
+    return tuple(
+        Capture(name, (*part.cuts, Cut(axis))) if isinstance(part, Capture) and part.name == name else part
+        for part in family.components
+    )
+
+
+def _components(group: Iterable[str]) -> tuple[str | Capture, ...]:
+    split = [name.split(".") for name in group]
+    taken: set[str] = set()
+    found: list[str | Capture] = []
+    for place, column in enumerate(zip(*split, strict=True)):
+        part = column[0]
+        before = split[0][place - 1] if place else ""
+        listed = before in _LAYERS or before in _EXPERTS
+        if _is_number(part) and (listed or len(set(column)) > 1):
+            name = _capture_name(before, taken)
+            taken.add(name)
+            found.append(Capture(name))
+        else:
+            found.append(part)
+    return tuple(found)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a component is a number that comes back as it was: no leading zeros."""
+    return text.isascii() and text.isdecimal() and text == str(int(text))
+
+
+def _capture_name(before: str, taken: set[str]) -> str:
+    wanted = EXPERT if before in _EXPERTS else LAYER if before in _LAYERS or not before else ""
+    choices = [wanted, *_OTHERS] if wanted else list(_OTHERS)
+    return next(name for name in choices if name not in taken)
+
+
+def _apart(found: list[Family]) -> list[Family]:
+    """Families whose patterns no name can match twice: where one could, captures are said to be numbers (``{l+0}``)."""
+    matchers = [Matcher.of(family.pattern) for family in found]
+    clashing: set[int] = set()
+    for b in range(len(found)):
+        for a in range(b):
+            if both_match(matchers[a], matchers[b]) is not None:
+                clashing |= {a, b}
+    return [_numeric(family) if number in clashing else family for number, family in enumerate(found)]
+
+
+def _numeric(family: Family) -> Family:
+    parts = (Capture(p.name, p.cuts, Number(0)) if isinstance(p, Capture) else p for p in family.components)
+    return Family(tuple(parts), family.members)
