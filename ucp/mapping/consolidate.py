@@ -212,7 +212,7 @@ def _scalars(name: str, held: Sequence[tuple[str, Tensor]]) -> dict[str, Scalar]
     for other, tensor in held[1:]:
         for key in sorted({*first.scalars, *tensor.scalars}):
             one, two = first.scalars.get(key), tensor.scalars.get(key)
-            if repr(one) != repr(two):
+            if one != two and repr(one) != repr(two):  # NaN is like NaN
                 raise ConflictError(
                     f"{name}: {key} is {_shown(one)} in {where} but {_shown(two)} in {other}",
                     hint="the ranks saved different steps, or files of two saves are mixed",
