@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from tests.programs import reference
 from tests.programs.hf import models
 from tests.programs.hf.made import made, same, tensors
+from tests.programs.hf.shards import shards
 from tests.programs.names import listed_shape
+from ucp.converters._programs import from_config
+from ucp.lang import load_program
+from ucp.lang.arrays import at, gather, scatter
+from ucp.layout import Mesh
 
 CUT = [name for name, case in models.CASES.items() if case.plan]
 IDS = torch.randint(0, 40, (11,), generator=torch.Generator().manual_seed(1))
@@ -70,3 +80,36 @@ def test_ranks_of_tensor_parallelism(name: str, tp: int) -> None:
     back = model.scatter(logical, ranks=tp, in_memory=True)
     assert back.keys() == held.keys()
     assert all(same(back[rank], held[rank]) for rank in held)
+
+
+def test_published_gpt2_has_the_tensors_of_the_model_with_a_head(tmp_path: Path) -> None:
+    """GPT2Model has names without a prefix and no head; older versions of it saved masks."""
+    model = made("gpt2")
+    files = models.saved(model.module.transformer, tmp_path)
+    assert "h.0.attn.c_attn.weight" in files
+    masks = {f"h.{layer}.attn.bias": np.tril(np.ones((1, 1, 32, 32))) for layer in range(3)}
+    config = model.known(in_memory=False).sizes
+    program = load_program("hf_gpt2_base")
+    logical = gather(program, {(): {**files, **masks}}, mesh=Mesh({}), config=config)
+    assert same(logical, model.gather({0: model.files}, in_memory=False))
+    assert same(scatter(program, logical, mesh=Mesh({}), config=config)[()], files)
+
+
+def test_tables_that_older_versions_saved_are_dropped() -> None:
+    model = made("llama")
+    tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(3) for layer in range(3)}
+    logical = model.gather({0: {**model.files, **tables}}, in_memory=False)
+    assert same(logical, model.gather({0: model.files}, in_memory=False))
+
+
+def test_a_vocabulary_that_ranks_do_not_divide(tmp_path: Path) -> None:
+    """transformers gives the last rank less; shapes show where the cuts are."""
+    case = replace(models.CASES["llama"], config={**models.DENSE, "vocab_size": 42})
+    files = models.saved(models.model(case), tmp_path)
+    held = shards(models.model_class(case), tmp_path, tp=4)
+    assert [held[rank]["lm_head.weight"].shape[0] for rank in range(4)] == [11, 11, 11, 9]
+    known = from_config(json.loads((tmp_path / "config.json").read_text()))
+    shared = {"config": known.sizes, "flags": known.flags}
+    program = load_program(case.program)
+    logical = gather(program, {at(tp=rank): held[rank] for rank in held}, mesh=Mesh({"tp": 4}), **shared)
+    assert same(logical, gather(program, {(): files}, mesh=Mesh({}), **shared))
