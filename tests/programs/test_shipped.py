@@ -1,4 +1,4 @@
-"""What holds for every program that comes with ucp: logical names are those that all share; and how ours are written."""
+"""What holds for every program that comes with ucp: logical names are those of the table; and how ours are written."""
 
 from __future__ import annotations
 
