@@ -43,14 +43,25 @@ class Marks:
             found["cat_dim"] = 1
         if self._info.is_halved(name):
             found["param_n_sub_params"] = 2
-        elif (declared := self._info.declaration(name)) is not None:
-            pattern, view = declared[0], whole_view(declared[1], name, shape, self._info.widths.get(declared[0]))
-            state = {"patterns": [pattern], "shape": view, "partition_dim": declared[1].dim}
-            module, _, called = SHAPE_CLASS.rpartition(".")
-            found["sub_param_shape"] = Opaque(module, called, state=state)
+        elif (view := self._view(self._info, name, shape)) is not None:
+            found["sub_param_shape"] = view
         if self._info.is_vocabulary(name) and len(shape) == 2:
             found["vocab_tensor"] = True
         return found
+
+    def _view(self, info: Info, name: str, shape: Shape) -> Opaque | None:
+        """DeepSpeed's ``SubparamShape`` of the whole parameter."""
+        declared = info.declaration(name)
+        if declared is None:
+            return None
+        pattern, declaration = declared
+        try:
+            view = whole_view(declaration, name, shape, info.widths.get(pattern))
+        except (ContentError, FitError) as error:
+            self._problem = error.message
+            return None
+        module, _, called = SHAPE_CLASS.rpartition(".")
+        return Opaque(module, called, state={"patterns": [pattern], "shape": view, "partition_dim": declaration.dim})
 
     def notes(self, catalog: Catalog) -> Iterator[str]:
         """Remarks on jobs that cannot go by the marks."""
