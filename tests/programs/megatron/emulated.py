@@ -24,6 +24,20 @@ _MODULES = {
 }
 
 
+def transformer_engine(state: Arrays, model: Model) -> dict[str, np.ndarray]:
+    """Megatron-Core's names with Transformer Engine layers (megatron/core/models/gpt/gpt_layer_specs.py)."""
+    return {_engine_name(name, model): array for name, array in state.items()}
+
+
+def _engine_name(name: str, model: Model) -> str:
+    name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    name = re.sub(r"\.experts\.local_experts\.(\d+)\.(.*)", r".experts.\2\1", name)
+    layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+    if layer and (model.experts is None or (model.expert_layers and not model.expert_layers[int(layer[1])])):
+        name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+    return name
+
+
 def renamed(name: str) -> str:
     """Name in Megatron-LM before Megatron-Core (megatron/model/language_model.py and transformer.py of 2023)."""
     for core, legacy in _MODULES.items():

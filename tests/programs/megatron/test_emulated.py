@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 
 from tests.programs.megatron import emulated
-from tests.programs.megatron.models import GPT, GRIDS, LLAMA, UNEVEN, assert_same, axes, logical, sizes
+from tests.programs.megatron.models import (
+    GPT,
+    GRIDS,
+    LLAMA,
+    MIXED,
+    MIXTRAL,
+    UNEVEN,
+    assert_same,
+    axes,
+    logical,
+    program,
+    settings,
+    sizes,
+)
 from tests.support.megatron import ONE, Grid
 from ucp.errors import UcpError
 from ucp.lang import load_program
@@ -21,17 +34,17 @@ DENSE = [
 each_dense = pytest.mark.parametrize(("model", "grid"), DENSE, ids=lambda value: value.name)
 
 
-def round_trip(program, shards, grid, model, *, flags, **more):
+def round_trip(using, shards, grid, model, *, flags, **more):
     """Gather, compare with the model's tensors by the caller, and cut again."""
-    known = axes(program)
+    known = axes(using)
     held = {tuple(pair for pair in place if pair[0] in known): state for place, state in shards.items()}
     asked = {
         "mesh": Mesh({axis: size for axis, size in grid.mesh.items() if axis in known}),
         "sizes": {**sizes(model), **more},
         "flags": flags,
     }
-    found = gather(program, held, **asked)
-    made = scatter(program, found, coordinates=list(held), **asked)
+    found = gather(using, held, **asked)
+    made = scatter(using, found, coordinates=list(held), **asked)
     for place, state in held.items():
         assert_same(made[place], state)
     return found
@@ -39,6 +52,25 @@ def round_trip(program, shards, grid, model, *, flags, **more):
 
 def ranks(families, model, grid, change):
     return {place: change(state) for place, state in families[model.name].grids[grid].shards.items()}
+
+
+ENGINE = [(LLAMA, Grid(tp=2, pp=2)), (GPT, Grid(pp=2, vpp=2)), (MIXTRAL, Grid(tp=2, ep=2)), (MIXED, Grid(tp=2, etp=2))]
+
+
+@pytest.mark.parametrize(("model", "grid"), ENGINE, ids=lambda value: value.name)
+def test_transformer_engine_layers(families, model, grid):
+    shards = ranks(families, model, grid, lambda state: emulated.transformer_engine(state, model))
+    known = axes(program(model))
+    held = {tuple(pair for pair in place if pair[0] in known): state for place, state in shards.items()}
+    asked = settings(model, grid)
+    asked["flags"].update({"te": True, **({"grouped": True} if model.experts else {})})
+    found = gather(program(model), held, **asked)
+    assert_same(found, logical(model, families[model.name].grids[ONE]))
+    if model is MIXED:  # norms of dense layers and of layers with experts go by two names: import only
+        return
+    made = scatter(program(model), found, coordinates=list(held), **asked)
+    for place, state in held.items():
+        assert_same(made[place], state)
 
 
 @each_dense
@@ -65,15 +97,15 @@ def test_checkpoint_versions_of_2021(families, grid, version, order):
     shards = ranks(families, GPT, grid, lambda state: emulated.of_2021(state, GPT))
     if order:
         shards = {place: emulated.rearranged(state, GPT, order) for place, state in shards.items()}
-    program = load_program("megatron_legacy_2021")
+    of_2021 = load_program("megatron_legacy_2021")
     asked = {"heads": GPT.heads, "vocab": GPT.vocab, "divisible": GPT.divisible}
     flags = {"v0": version == 0, "v1": version == 1}
-    known = axes(program)
+    known = axes(of_2021)
     held = {tuple(pair for pair in place if pair[0] in known): state for place, state in shards.items()}
     mesh = Mesh({axis: size for axis, size in grid.mesh.items() if axis in known})
-    found = gather(program, held, mesh=mesh, sizes=asked, flags=flags)
+    found = gather(of_2021, held, mesh=mesh, sizes=asked, flags=flags)
     assert_same(found, logical(GPT, families["gpt"].grids[ONE]))
-    made = scatter(program, found, mesh=mesh, coordinates=list(held), sizes=asked, flags=flags)
+    made = scatter(of_2021, found, mesh=mesh, coordinates=list(held), sizes=asked, flags=flags)
     for place, state in held.items():
         assert_same(made[place], state)
 
@@ -90,8 +122,7 @@ def test_deepspeed_pipeline(families, model, grid, first, behind, split):
 
     shards = ranks(families, model, grid, change)
     flags = {"tied": model.tied, "swiglu": model.gated, "split_qkv": split}
-    program = load_program("megatron_deepspeed")
-    found = round_trip(program, shards, grid, model, flags=flags, first=first, behind=behind)
+    found = round_trip(load_program("megatron_deepspeed"), shards, grid, model, flags=flags, first=first, behind=behind)
     assert_same(found, logical(model, families[model.name].grids[ONE]))
 
 
