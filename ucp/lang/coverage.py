@@ -23,10 +23,7 @@ def place(found: Iterable[tuple[int, Block]], shape: Shape) -> tuple[list[Piece]
 
     The first to hold an element is its primary copy. Where shards overlap in part, the common boxes are split off.
     """
-    copies: dict[Box, list[tuple[int, Block]]] = {}
-    for held, block in found:
-        if block.box.size:
-            copies.setdefault(block.box, []).append((held, block))
+    copies = _by_box(found)
     boxes = list(copies)
     clash = _overlapping(boxes)
     if clash:
@@ -35,6 +32,20 @@ def place(found: Iterable[tuple[int, Block]], shape: Shape) -> tuple[list[Piece]
     total = sum(box.size for box in boxes)
     whole = Box.whole(shape)
     return pieces, None if total == whole.size else _hole(whole, boxes)
+
+
+def _by_box(found: Iterable[tuple[int, Block]]) -> dict[Box, list[tuple[int, Block]]]:
+    """Who holds each box, in order. Replicas mostly share one block, which spares comparing boxes by value."""
+    same: dict[int, list[tuple[int, Block]]] = {}
+    boxes: dict[Box, list[tuple[int, Block]]] = {}
+    for held, block in found:
+        holders = same.get(id(block))
+        if holders is None:
+            if not block.box.size:
+                continue
+            holders = same[id(block)] = boxes.setdefault(block.box, [])
+        holders.append((held, block))
+    return boxes
 
 
 def _overlapping(boxes: Sequence[Box]) -> bool:
