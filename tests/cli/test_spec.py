@@ -236,3 +236,35 @@ def test_nothing_heavy_is_loaded(gpt, invoke, words) -> None:
 
 def test_json_is_one_document(gpt, invoke) -> None:
     assert json.loads(invoke("spec", "fmt", gpt, "--diff", "--json").stdout)["written"] is False
+
+
+RENAMING = """\
+format 1
+size vocab hidden
+
+embed.weight            [vocab, hidden]  <->  wte.weight   [hidden, vocab]
+layers.{l}.attn.weight                   <->  blocks.{l}.attn.weight  optional
+layers.{l}.bias                          <->  blocks.{l}.bias         optional
+norm.running            [1]              <->  norm.scale
+state * : like param
+"""
+
+
+def test_checkpoints_are_seen_through_a_program(checkpoint, tmp_path, document, invoke) -> None:
+    path = write(tmp_path, RENAMING)
+    shown = document("show", checkpoint, "wte.weight", "--spec", path)
+    assert (shown["shape"], shown["dims"]) == ([7, 13], ["hidden", "vocab"])
+    names = {row["name"] for row in document("ls", checkpoint, "--spec", path)["tensors"]}
+    assert {"wte.weight", "blocks.0.attn.weight", "norm.scale"} <= names
+    assert invoke("ls", checkpoint, "--size", "hidden=7").exit_code == 2
+    assert invoke("show", checkpoint, "wte.weight", "--spec", path, "--size", "hidden=8").exit_code == 5
+
+
+def test_conversions_go_through_a_program(checkpoint, tmp_path, document, invoke) -> None:
+    path, made = write(tmp_path, RENAMING), tmp_path / "made"
+    words = [checkpoint, made, "--to", "shards", "--spec", path]
+    assert invoke("plan", *words).exit_code == 0
+    assert invoke("convert", *words).exit_code == 0
+    assert document("show", made, "wte.weight")["shape"] == [7, 13]
+    before = document("show", checkpoint, "wte.weight", "--spec", path, "--stats")["stats"]
+    assert document("show", made, "wte.weight", "--stats")["stats"] == before

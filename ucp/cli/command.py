@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ucp.cli.output import Mode, Output
+from ucp.cli.spec_options import parse_flags, parse_sizes, size_options
 from ucp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,20 +67,28 @@ def _flag(*names: str, help: str) -> Decorator:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How to read a source: as which family (None detects it), and with which options of the family's reader."""
+    """How to read a source: as which family (None detects it), and with which options of the family's reader.
+
+    `program` names a conversion program that its tensors are seen through, with `sizes` and `flags`.
+    """
 
     family: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    program: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    flags: Mapping[str, bool] = field(default_factory=dict)
 
     def catalog(self, url: str) -> tuple[Catalog, Store]:
         """The catalog of the checkpoint at `url` and the store it lies in."""
-        from ucp.converter import read_catalog
+        from ucp.mapping import read_source
 
-        return read_catalog(url, family=self.family, **self.options)
+        return read_source(
+            url, family=self.family, program=self.program, sizes=self.sizes, flags=self.flags, **self.options
+        )
 
 
-def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say how to read the source; the function gets them as one `Reading`."""
+def family_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say how to read the source as it is; the function gets them as one `Reading`."""
 
     @functools.wraps(function)
     def run(*args: Any, family: str | None, tag: str | None, option: Sequence[str], **rest: Any) -> Any:
@@ -89,6 +98,26 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for declared in reversed(_READING):
         run = declared(run)
     return run
+
+
+def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, and the program that the source is seen through."""
+
+    @functools.wraps(function)
+    def run(
+        *args: Any, reading: Reading, spec: str | None, size: Sequence[str], flag: Sequence[str], **rest: Any
+    ) -> Any:
+        seen = replace(reading, program=spec, sizes=parse_sizes(size), flags=parse_flags(flag))
+        if spec is None and (seen.sizes or seen.flags):
+            raise UsageError("--size and --flag are a program's, and none is given", hint="give it with --spec")
+        return function(*args, reading=seen, **rest)
+
+    return family_options(_SPEC(size_options(run)))
+
+
+_SPEC = click.option(
+    "--spec", metavar="PROGRAM", help="See the tensors through this program: a file, or one of `ucp spec list`."
+)
 
 
 _READING = (
@@ -104,7 +133,7 @@ _READING = (
 )
 
 
-_READER_TAKES = ("family", "url", "store", "self")
+_READER_TAKES = ("family", "url", "store", "self", "program", "sizes", "flags")
 
 
 def named_options(words: Sequence[str], *, reserved: Collection[str]) -> dict[str, str | tuple[str, ...]]:

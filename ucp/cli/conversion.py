@@ -38,6 +38,9 @@ class Asked:
             self.destination,
             to=self.to,
             family=self.reading.family,
+            program=self.reading.program,
+            sizes=self.reading.sizes,
+            flags=self.reading.flags,
             check=self.check,
             restart=restart,
             read_options=self.reading.options,
@@ -70,7 +73,10 @@ def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
-_TAKEN = ("source", "destination", "to", "family", "check", "restart", "read_options", "catalog", "store", "self")
+_TAKEN = (
+    *("source", "destination", "to", "family", "program", "sizes", "flags", "check", "restart"),
+    *("read_options", "catalog", "store", "self"),
+)
 _OPTIONS = (
     click.argument("source"),
     click.argument("destination"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ucp.cli.command import Reading, reading_options
+from ucp.cli.command import Reading, family_options
 from ucp.cli.command import command as declare
 from ucp.cli.output import Output
 from ucp.cli.spec_options import Using, using_options
@@ -32,7 +32,7 @@ KEYS = {
 @declare("check", json_keys=KEYS)
 @click.argument("words", nargs=-1, required=True, metavar="PROGRAM... [CHECKPOINT]")
 @using_options
-@reading_options
+@family_options
 def command(out: Output, words: tuple[str, ...], using: Using, reading: Reading) -> None:
     """Check that a program is sound, and whether it fits.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ucp.cli import text
-from ucp.cli.command import Reading, reading_options
+from ucp.cli.command import Reading, family_options
 from ucp.cli.command import command as declare
 from ucp.cli.output import Output
 from ucp.cli.spec_options import Using, using_options
@@ -38,7 +38,7 @@ KEYS = {
 @click.argument("checkpoint", required=False)
 @click.option("--state", default="value", show_default=True, help="Which state of it; with a CHECKPOINT.")
 @using_options
-@reading_options
+@family_options
 def command(
     out: Output, program: str, name: str, checkpoint: str | None, state: str, using: Using, reading: Reading
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ucp.cli.command import Reading, reading_options
+from ucp.cli.command import Reading, family_options
 from ucp.cli.command import command as declare
 from ucp.cli.output import Output
 from ucp.cli.spec_options import parse_sizes
@@ -37,14 +37,15 @@ KEYS = {
 @click.option("--size", multiple=True, metavar="NAME=N", help="Length of a whole dim, such as ffn=11008; helps to tell "
               "pieces from replicas; may be repeated.")  # fmt: skip
 @click.option("--no-data", is_flag=True, help="Read metadata only; replicas and pieces are then told apart by --size.")
-@reading_options
+@family_options
 def command(
     out: Output, checkpoint: str, path: str | None, size: tuple[str, ...], no_data: bool, reading: Reading
 ) -> None:
-    """Draft a program from the names, shapes and some bytes of CHECKPOINT.
+    """Draft a program from CHECKPOINT.
 
-    Numbers in names are collapsed, equal layouts grouped, and dims named by their sizes. What names, shapes and the
-    first and last 64 KiB of shards do not tell is marked `# undecided` in the program: edit it, then `ucp spec check`.
+    It comes from names, shapes and the first and last 64 KiB of shards: numbers in names are collapsed, equal layouts
+    grouped, and dims named by their sizes. What these do not tell is marked `# undecided` in the program: edit it, then
+    prove it with `ucp spec check`.
     """
     from ucp.cli.spec_source import read_source
     from ucp.lang.draft import draft
