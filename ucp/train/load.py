@@ -13,6 +13,8 @@ import torch
 
 from ucp.checkpoint import Checkpoint, open_checkpoint
 from ucp.errors import UsageError
+from ucp.lang.bind import Placements
+from ucp.lang.solve import Cuts
 from ucp.layout import Mesh
 from ucp.mapping import ProgramLike
 from ucp.run.integrity import Ledger, Piece, Spans
@@ -53,6 +55,8 @@ def load(
     coordinate: Coordinates | None = None,
     sizes: Mapping[str, int] | None = None,
     flags: Mapping[str, bool] | None = None,
+    cuts: Cuts | None = None,
+    placements: Placements | None = None,
     **options: Any,
 ) -> LoadReport:
     """Fill `target` in place from the checkpoint `source`, a URL or an open `Checkpoint`, whatever layout wrote it.
@@ -76,17 +80,25 @@ def load(
     keeps. Without a coordinate it is that of the process group's rank, counted row-major. A rank that holds several
     virtual stages puts them in one module (`nn.ModuleList`) and says where each is by the start of its names:
     ``coordinate={"0": {"pp": 1, "vpp": 0}, "1": {"pp": 1, "vpp": 1}}``. `sizes` and `flags` are the program's where
-    shapes and names do not tell. The program must fit all tensors of the checkpoint, also without `strict`.
+    shapes and names do not tell. `cuts` and `placements` say what is not even, as in `ucp.layout.setting.Setting`:
+    stages of different depths, experts anywhere. The program must fit all tensors of the checkpoint, also without
+    `strict`.
 
     Nothing is changed unless everything fits. Raises FitError that lists all problems, NotFoundError, UsageError for a
     target of an unknown kind, and CorruptError or StorageError while reading, after which the target is partly filled.
     """
     start = time.perf_counter()
-    wish = None if program is None else Wish.of(program, mesh, coordinate, sizes, flags)
-    if wish is None and (mesh, coordinate, sizes, flags) != (None, None, None, None):
-        raise UsageError(
-            "mesh, coordinate, sizes and flags are a program's, and none is given", hint="give program=..."
-        )
+    job_is: dict[str, Any] = {
+        "mesh": mesh,
+        "coordinate": coordinate,
+        "sizes": sizes,
+        "flags": flags,
+        "cuts": cuts,
+        "placements": placements,
+    }
+    if program is None and any(given is not None for given in job_is.values()):
+        raise UsageError(f"{', '.join(job_is)} are a program's, and there is none", hint="give program=...")
+    wish = None if program is None else Wish.of(program, **job_is)
     globs = (only,) if isinstance(only, str) else only
     # Tensors made inside a user's inference mode could never be trained.
     with torch.inference_mode(False):

@@ -16,8 +16,10 @@ from ucp.catalog import Catalog, ParamGroup, Scalar, Tensor
 from ucp.errors import FitError, UsageError
 from ucp.lang import Program, from_json
 from ucp.lang.ast import Sizes
+from ucp.lang.bind import Placements
 from ucp.lang.export import Exporter, Shard, Wanted, export
 from ucp.lang.held import Held
+from ucp.lang.solve import Cuts
 from ucp.layout import Box, Mesh, Shape
 from ucp.layout.block import NO_STEP, Block, View
 from ucp.mapping import ProgramLike, as_program
@@ -65,15 +67,20 @@ class Wish:
     coordinates: Mapping[str, Mapping[str, int]]
     sizes: Mapping[str, int]
     flags: Mapping[str, bool]
+    cuts: Cuts
+    placements: Placements
 
     @classmethod
     def of(
         cls,
         program: ProgramLike,
-        mesh: Mesh | Mapping[str, int] | None,
-        coordinate: Coordinates | None,
-        sizes: Mapping[str, int] | None,
-        flags: Mapping[str, bool] | None,
+        *,
+        mesh: Mesh | Mapping[str, int] | None = None,
+        coordinate: Coordinates | None = None,
+        sizes: Mapping[str, int] | None = None,
+        flags: Mapping[str, bool] | None = None,
+        cuts: Cuts | None = None,
+        placements: Placements | None = None,
     ) -> Wish:
         """Check the arguments of `ucp.load`; without a coordinate, the process group's rank tells it."""
         found = mesh if isinstance(mesh, Mesh) else Mesh(mesh or {})
@@ -83,7 +90,7 @@ class Wish:
         for axis, index in (pair for one in given.values() for pair in one.items()):
             if not 0 <= index < found[axis]:
                 raise UsageError(f"coordinate {axis}={index} is not on the mesh {found}")
-        return cls(program, found, given, sizes or {}, flags or {})
+        return cls(program, found, given, sizes or {}, flags or {}, cuts or {}, placements or {})
 
 
 def _by_prefix(coordinate: Coordinates) -> Iterator[tuple[str, Mapping[str, int]]]:
@@ -182,7 +189,16 @@ def _exporter(
 ) -> Exporter:
     def tied(ties: Mapping[str, str]) -> Exporter:
         return export(
-            program, logical, mesh=wish.mesh, sizes=wish.sizes, config=config, flags=flags, ties=ties, job=held
+            program,
+            logical,
+            mesh=wish.mesh,
+            sizes=wish.sizes,
+            config=config,
+            flags=flags,
+            cuts=wish.cuts,
+            placements=wish.placements,
+            ties=ties,
+            job=held,
         )
 
     try:
