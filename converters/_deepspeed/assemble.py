@@ -68,11 +68,14 @@ def _read_part(store: Store, save: Save, comparison: Comparison, frozen: Sequenc
 
 
 def _replicated(save: Save) -> Callable[[str], bool]:
-    """Which parameters several pipeline stages hold, as the checkpoint says of itself."""
-    told = save.model(0).root.get(INFO)
-    listed = told.get(PIPELINE_REPLICATED) if isinstance(told, Mapping) else None
-    patterns = Patterns.of(str(pattern) for pattern in listed) if isinstance(listed, list | tuple) else None
-    return lambda name: patterns is not None and bool(patterns.matching(name))
+    """Which parameters several pipeline stages hold, as the checkpoint says of itself; asked where several do."""
+
+    def is_listed(name: str) -> bool:
+        told = save.model(0).root.get(INFO)
+        listed = told.get(PIPELINE_REPLICATED) if isinstance(told, Mapping) else None
+        return isinstance(listed, list | tuple) and bool(Patterns.of(map(str, listed)).matching(name))
+
+    return is_listed
 
 
 def _gathered(parts: Sequence[Part]) -> dict[str, Shape]:

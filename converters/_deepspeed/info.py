@@ -58,6 +58,7 @@ class Info:
     affine: dict[str, Tree]
     affine_patterns: Patterns
     unsupported: dict[str, str]
+    unsupported_patterns: Patterns
     vocabulary: int | None
     notes: list[str] = field(default_factory=list)
     joined: list[str] = field(default_factory=list)
@@ -76,7 +77,7 @@ class Info:
         return self._vocabulary(parameter, cut) if named[_VOCABULARY] else cut
 
     def _refuse_unsupported(self, name: str) -> None:
-        for pattern in Patterns.of(self.unsupported).matching(name) if self.unsupported else ():
+        for pattern in self.unsupported_patterns.matching(name):
             raise FitError(
                 f"{name}: DeepSpeed's AutoTP does not say how it cut this parameter: {self.unsupported[pattern]}",
                 hint=PROGRAM_HINT,
@@ -223,6 +224,7 @@ def read_info(tree: Tree, where: str) -> Info:
         maps,
         Patterns.of(maps),
         {str(key): str(value) for key, value in unsupported.items()},
+        Patterns.of(map(str, unsupported)),
         None if vocabulary is None else nodes.integer(vocabulary, f"{where}: original_vocab_size"),
     )
 
