@@ -28,9 +28,10 @@ from ucp.train.optimizer import allocate
 from ucp.train.report import LoadReport
 from ucp.train.scheduler import STATE
 from ucp.train.shards import local_tensor
-from ucp.train.shares import Coordinates, Whole, Wish, share_out
+from ucp.train.shares import Whole, share_out
 from ucp.train.targets import take_apart
 from ucp.train.transfer import Fill, transfer
+from ucp.train.wish import Coordinates, Wish
 
 _GAP = 64 << 10
 """Bytes that may be read beyond what was asked for, per checksum, to make it tell."""
