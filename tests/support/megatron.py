@@ -48,6 +48,8 @@ class Model:
     topk: int = 2
     ffn_moe: int = 36
     ffn_shared: int | None = None
+    routed_with_bias: bool = False
+    """Scores by sigmoid with a bias per expert, and a gate before the shared experts."""
     expert_layers: tuple[int, ...] | None = None
     """1 for each layer with experts, 0 for each without; None: all of them."""
 

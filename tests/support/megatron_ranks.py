@@ -95,6 +95,9 @@ def _expert_options(model: Model) -> dict[str, Any]:
         "moe_token_dispatcher_type": "allgather",
         "moe_ffn_hidden_size": model.ffn_moe,
         "moe_shared_expert_intermediate_size": model.ffn_shared,
+        "moe_router_score_function": "sigmoid" if model.routed_with_bias else "softmax",
+        "moe_router_enable_expert_bias": model.routed_with_bias,
+        "moe_shared_expert_gate": model.routed_with_bias,
         "moe_layer_freq": 1 if model.expert_layers is None else list(model.expert_layers),
     }
 
@@ -146,6 +149,9 @@ def _draw(chunk: GPTModel, model: Model) -> None:
             parameter.copy_(1 + 0.1 * drawn if "norm" in name and name.endswith("weight") else 0.15 * drawn)
             if name.endswith(("word_embeddings.weight", "output_layer.weight")):
                 parameter[model.vocab :] = 0
+        for name, buffer in chunk.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 
 def _save(chunks: list[GPTModel], checkpoint: Path) -> None:

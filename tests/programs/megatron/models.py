@@ -20,8 +20,8 @@ GPT = Model("gpt", norm="LayerNorm", gated=False, bias=True, tied=True, learned_
 QWEN2 = Model("qwen2", qkv_bias=True, tied=True)
 QWEN3 = Model("qwen3", qk_norm=True)
 MIXTRAL = Model("mixtral", experts=4)
-MIXED = Model("mixed", experts=4, ffn_shared=28, expert_layers=(0, 1, 1, 1))
-"""A dense layer before those with experts, and an expert that all tokens share."""
+MIXED = Model("mixed", experts=4, ffn_shared=28, routed_with_bias=True, expert_layers=(0, 1, 1, 1))
+"""A dense layer before those with experts, an expert that all tokens share, and a router with biases."""
 
 UNEVEN = Grid(pp=2, first_stage=1)
 """One layer in the first stage, three in the second."""

@@ -88,8 +88,9 @@ def test_logical_names_are_the_shared_ones(families):
     }  # fmt: skip
     moe = {name.removeprefix("layers.2.") for name in logical(MIXED, families["mixed"].grids[ONE]) if ".2." in name}
     assert moe - layer == {
-        "moe.router.weight", "moe.gate", "moe.up", "moe.down",
+        "moe.router.weight", "moe.router.expert_bias", "moe.gate", "moe.up", "moe.down",
         "moe.shared.gate.weight", "moe.shared.up.weight", "moe.shared.down.weight",
+        "moe.shared.router.weight",
     }  # fmt: skip
 
 
