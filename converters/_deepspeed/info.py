@@ -195,7 +195,18 @@ def _listed(shapes: Sequence[Shape]) -> str:
 
 
 def info_of(state: Mapping[str, Tree]) -> Tree:
-    """The metadata in a catalog's training state, None if there is none."""
+    """The metadata in a catalog's training state, None if there is none.
+
+    FitError where ranks differ in it: what they have in common would leave out what is cut on some of them.
+    """
+    per_rank = state.get("per_rank")
+    for rank, own in per_rank.items() if isinstance(per_rank, Mapping) else ():
+        if isinstance(own, Mapping) and _told(own) is not None:
+            raise FitError(f"{INFO} is not the same on all ranks: rank {rank} has its own", hint=PROGRAM_HINT)
+    return _told(state)
+
+
+def _told(state: Mapping[str, Tree]) -> Tree:
     client = state.get("client_state")
     return client.get(INFO) if isinstance(client, Mapping) else None
 

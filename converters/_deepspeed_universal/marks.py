@@ -26,13 +26,13 @@ class Marks:
 
     def __init__(self, catalog: Catalog) -> None:
         self._info: Info | None = None
-        self._told = info_of(catalog.state)
         self._problem: str | None = None
-        if isinstance(self._told, Mapping):
-            try:
-                self._info = read_info(self._told, "universal_checkpoint_info")
-            except (ContentError, FitError) as error:
-                self._problem = error.message
+        try:
+            told = info_of(catalog.state)
+            if isinstance(told, Mapping):
+                self._info = read_info(told, "universal_checkpoint_info")
+        except (ContentError, FitError) as error:
+            self._problem = error.message
 
     def of(self, name: str, shape: Shape) -> dict[str, Tree]:
         """Entries beside ``param`` for the parameter `name` of `shape`."""

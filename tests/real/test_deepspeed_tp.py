@@ -285,6 +285,18 @@ def metadata(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         edit(path, lambda root: change(root["universal_checkpoint_info"]))
 
 
+def test_ranks_that_say_different_things_of_their_cuts(copy: Callable[[str], Path]) -> None:
+    """What all have in common would join a weight along the wrong dim."""
+    folder = copy(MEGATRON)
+
+    def other_list(root: Any) -> None:
+        root["universal_checkpoint_info"]["parameter_with_row_parallelism_patterns"].pop()
+
+    edit(folder / "mp_rank_03_model_states.pt", other_list)
+    with pytest.raises(FitError, match="universal_checkpoint_info is not the same on all ranks"):
+        ucp.open(str(folder))
+
+
 def test_a_pattern_that_matches_nothing(copy: Callable[[str], Path], folders: Folders) -> None:
     folder = copy(MEGATRON)
     metadata(folder, lambda info: info["tp_replicated_parameter_patterns"].append("old_name"))

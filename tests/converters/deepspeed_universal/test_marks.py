@@ -80,6 +80,14 @@ def test_metadata_that_is_not_known_is_remarked_and_no_error(made: Made) -> None
     assert any("without tensor parallelism" in note and "newer" in note for note in notes)
 
 
+def test_metadata_that_differs_between_ranks_is_no_guide(made: Made) -> None:
+    own = {1: {"client_state": {"universal_checkpoint_info": {"parameter_with_row_parallelism_patterns": ["x"]}}}}
+    catalog = made.catalog(state={"client_state": {"universal_checkpoint_info": INFO}, "per_rank": own})
+    made.write(catalog)
+    assert marks(made, "0.down") == {"cat_dim": 0}
+    assert any("not the same on all ranks" in note for note in CONVERTER.target(catalog, made.store).notes)
+
+
 def test_a_declaration_that_contradicts_the_shape_is_remarked_and_no_error(made: Made) -> None:
     wrong = {"parameter_with_sub_params": [{"patterns": ["norm"], "shape": ((4, 2), 3), "partition_dim": 0}]}
     catalog = made.catalog(state={"client_state": {"universal_checkpoint_info": wrong}})
