@@ -35,6 +35,7 @@ DEFECTS = [
     ("w [ffn/tp] mean tp <-> w [ffn]", 12, "axis", "no replicas to average", None),
     ("w [ffn] sum tp <-> w [ffn]", 9, "inverse", "a sum cannot be undone", "->"),
     ("w [ffn] mean pp <-> w [ffn]", 14, "axis", "`pp` is no axis", "known: dp tp"),
+    ("w [ffn] any tp mean dp <-> w", 16, "axis", "`any` and `mean` in one rule", None),
     ("w f32[ffn] <-> w bf16[ffn]", 1, "lossy", "f32 to bf16 loses digits", "lossy"),
     ("w bf16[ffn] <-> w f32[ffn]", 1, "lossy", "f32 to bf16 loses digits", "lossy"),
     ("w f32[ffn] -> w bf16[ffn]", 1, "lossy", "f32 to bf16 loses digits", None),

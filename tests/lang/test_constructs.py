@@ -241,6 +241,30 @@ def test_padding_may_hold_anything_and_is_zero_when_written() -> None:
         gather(program, shards, mesh=Mesh({"tp": 2}), sizes={"v": 7})
 
 
+def test_padding_is_the_same_on_every_rank() -> None:
+    program = parse("format 1\nmesh tp\nsize v h\nw [(v + _)/tp, h] <-> w [v, h]\n")
+    shards = {at(tp=0): {"w": np.zeros((6, 2), np.float32)}, at(tp=1): {"w": np.zeros((5, 2), np.float32)}}
+    with pytest.raises(FitError, match=r"w: w at tp 0 has 2 of padding over the whole tensor, but w at tp 1 has 0"):
+        gather(program, shards, mesh=Mesh({"tp": 2}), sizes={"v": 10})
+
+
+def test_padding_inside_a_rank_is_its_own() -> None:
+    program = parse("format 1\nmesh tp\nsize a b\nw [a/tp + _ + b/tp] <-> a, b\n")
+    shards = {at(tp=0): {"w": tensor(5)}, at(tp=1): {"w": tensor(7)}}
+    back = gather(program, shards, mesh=Mesh({"tp": 2}), sizes={"a": 4, "b": 4})
+    assert back["a"].tolist() == [1, 2, 1, 2] and back["b"].tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("key", [("v", ("tp",)), ("(v+_)", ("tp",)), ("(v + _)", ("dp",)), ("h", ())])
+def test_recorded_cuts_of_nothing_are_refused(key: tuple[str, tuple[str, ...]]) -> None:
+    program = parse("format 1\nmesh tp dp\nsize v h\nw [(v + _)/tp, h/dp] <-> w [v, h]\n", file="pad.ucp")
+    with pytest.raises(FitError, match=r"pad.ucp: a cut of .* is recorded, but the program has no such cut") as caught:
+        scatter(program, {"w": tensor(4, 2)}, mesh=Mesh({"tp": 2}), cuts={key: (0, 2, 4)})
+    assert "known: (v + _)/tp h/dp" in str(caught.value.hint)
+    with pytest.raises(FitError, match="a placement of `h@dp` is recorded"):
+        scatter(program, {"w": tensor(4, 2)}, mesh=Mesh({"tp": 2}), placements={("h", "dp"): {0: (0, 1)}})
+
+
 def test_casts_are_said_on_both_sides() -> None:
     program = parse("format 1\nsize h\nw bf16[h] <-> w f32[h] lossy\n")
     bound = bind(program, [Held("w", (2,), "bfloat16")], mesh=Mesh({}))

@@ -16,6 +16,7 @@ from ucp.lang.choose import Match, choose, holds
 from ucp.lang.coverage import Piece, place
 from ucp.lang.held import Held
 from ucp.lang.observe import lengths, numbers
+from ucp.lang.recorded import Placements, check_recorded
 from ucp.lang.shards import Compiler, Part
 from ucp.lang.siblings import check_siblings
 from ucp.lang.solve import Cuts, Solver, solve
@@ -23,7 +24,6 @@ from ucp.layout import Box, Mesh, Shape
 from ucp.layout.block import View
 from ucp.layout.setting import Setting
 
-Placements = Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]]
 Key = tuple[str, str]
 """Logical name and state."""
 Found = tuple[int, Part]
@@ -88,6 +88,7 @@ def bind(
     its axis does not divide, a part of a logical tensor that no shard holds.
     """
     checked = check(program)
+    check_recorded(checked, cuts or {}, placements or {})
     known = {**checked.defaults, **(config or {}), **(sizes or {})}
     matches, chosen = choose(checked, [shard.name for shard in held], flags or {}, mesh, known)
     solver = solve(
@@ -189,6 +190,12 @@ def _logical(parts: _Parts, key: Key, blocks: Sequence[Found]) -> Logical:
         if part.view != first.view:
             one, two = list(first.view.tensor), list(part.view.tensor)
             raise FitError(f"{key[0]}: {parts.held[number]} makes it {one}, but {parts.held[other]} {two}")
+        if part.pads != first.pads and part.rule == first.rule:
+            raise FitError(
+                f"{key[0]}: {parts.held[number]} has {sum(first.pads)} of padding over the whole tensor, but "
+                f"{parts.held[other]} has {sum(part.pads)}",
+                hint="a shard is of another save, or the program pads or cuts the tensor otherwise than the framework",
+            )
     return Logical(first.view.tensor, first.dtype, first.dims, first.view)
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from ucp.errors import FitError, UsageError
 from ucp.lang.ast import Program
-from ucp.lang.bind import Placements
 from ucp.lang.check import Checked, Ready, check
 from ucp.lang.choose import holds, offsets
 from ucp.lang.error import nearest
 from ucp.lang.held import Held
 from ucp.lang.match import Index, Matcher, captures, describe, spell
 from ucp.lang.numbering import Numbering, Values
+from ucp.lang.recorded import Placements, check_recorded
 from ucp.lang.shards import Compiler
 from ucp.lang.solve import Cuts, Numbered, Observation, Solver, require, solve
 from ucp.layout import Mesh, Shape
@@ -140,6 +140,7 @@ def export(
     FitError for a logical tensor that no rule takes, and for a rule whose logical tensor is missing.
     """
     checked = check(program)
+    check_recorded(checked, cuts or {}, placements or {})
     index, places = _index(checked)
     alike = {**logical, **{alias: logical[name] for alias, name in (ties or {}).items()}}
     matched = {name: [(places[i], values) for i, values in index.find(name)] for name in alike}

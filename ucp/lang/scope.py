@@ -23,6 +23,7 @@ class Scope:
     def fail(
         self, at: Span | None, kind: Kind, cause: str, hint: str | None = None, word: str | None = None
     ) -> NoReturn:
+        """Raise the error for what stands at `at`."""
         raise program_error(self.program, at=at, kind=kind, cause=cause, hint=hint, word=word)
 
     def declared_at(self, name: str) -> Span | None:
@@ -36,6 +37,7 @@ class Scope:
         return found
 
     def arithmetic(self, value: Arith, *, leaves: frozenset[str] = frozenset()) -> None:
+        """Names in arithmetic must be known."""
         if isinstance(value, Operation):
             self.arithmetic(value.left, leaves=leaves)
             self.arithmetic(value.right, leaves=leaves)
@@ -45,6 +47,7 @@ class Scope:
                 self.fail(value.at, "size", f"`{value.name}` is no size and no axis", nearest(value.name, known))
 
     def captured(self) -> set[str]:
+        """Names of all captures."""
         patterns = (
             pattern for eq in self.flat.equations for pattern in (eq.source, *(side.name for side in eq.targets))
         )
@@ -57,6 +60,7 @@ class Scope:
                 self.arithmetic(pad.align)
 
     def conditions(self, conditions: Sequence[Condition]) -> None:
+        """Conditions name flags or axes."""
         for condition in conditions:
             if condition.flag not in (*self.flat.flags, *self.flat.all_axes):
                 known = (*self.flat.flags, *self.flat.all_axes)
@@ -64,15 +68,22 @@ class Scope:
                 self.fail(condition.at, "flag", f"`{condition.flag}` is no flag", hint)
 
     def known_axes(self, axes: Iterable[tuple[str, Span | None]]) -> None:
+        """Axes must be those of the mesh."""
         for axis, at in axes:
             if axis not in self.flat.all_axes:
                 hint = nearest(axis, self.flat.all_axes) or f"declare it: `mesh {axis}`"
                 self.fail(at, "axis", f"`{axis}` is no axis of the mesh", hint, word=axis)
 
     def reduces(self, reduces: Sequence[Reduce]) -> None:
+        """What is done with replicas: along axes that there are, and one thing only."""
         self.known_axes([(axis, reduce.at) for reduce in reduces for axis in reduce.axes])
+        for reduce in reduces:
+            if reduce.kind != reduces[0].kind:
+                cause = f"`{reduces[0].kind}` and `{reduce.kind}` in one rule: which comes first would matter"
+                self.fail(reduce.at, "axis", cause)
 
     def places(self, on: Sequence[On]) -> None:
+        """Places are on axes that there are, one on each."""
         self.known_axes([(place.axis, place.at) for place in on])
         for i, place in enumerate(on):
             if any(other.axis == place.axis and other.index != place.index for other in on[:i]):

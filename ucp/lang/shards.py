@@ -11,15 +11,15 @@ from ucp.lang.check import Checked, Ready
 from ucp.lang.choose import Match
 from ucp.lang.held import Held
 from ucp.lang.match import captures, computed, describe, spell
-from ucp.lang.solve import Solver, names_in, require
+from ucp.lang.solve import Solver, cuts_in, names_in, require
 from ucp.lang.sums import evaluate
 from ucp.layout import Box, Shape
 from ucp.layout.block import NO_STEP, Block, View
 from ucp.layout.branches import axes, without_dims
 from ucp.layout.compile import Compiled, Placed, compile_layout, globalize
 from ucp.layout.dtypes import WORDS
-from ucp.layout.expr import Dim, Layout
-from ucp.layout.pads import saved_pads
+from ucp.layout.expr import Concat, Dim, Expr, Layout, Pad, Product
+from ucp.layout.pads import Pads, saved_pads
 from ucp.layout.setting import Setting
 from ucp.layout.spell import spell as spell_dim
 
@@ -35,6 +35,8 @@ class Part:
     dims: tuple[str, ...]
     dtype: str
     reduce: Reduce | None
+    pads: tuple[int, ...]
+    """Sizes of the padding that cuts go through, before them: the same in every shard of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Form:
     each: tuple[str, ...]
     reduce: Reduce | None
     axes: tuple[str, ...]
+    cut_pads: frozenset[tuple[int, int]]
+    """Paddings, by dim and number in it, that are cut over ranks, beside nothing that is; others may differ by rank."""
     texts: tuple[tuple[str, ...], ...]
 
 
@@ -60,6 +64,7 @@ class Compiler:
     flags: Mapping[str, bool]
     _forms: dict[tuple[int, str], Form] = field(default_factory=dict)
     _kept: dict[tuple[object, ...], Compiled] = field(default_factory=dict)
+    _pads: dict[tuple[object, ...], Pads] = field(default_factory=dict)
     _states: dict[str, State | None] = field(default_factory=dict)
     _parts: dict[tuple[object, ...], tuple[Part, ...]] = field(default_factory=dict)
     _axes: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -102,7 +107,7 @@ class Compiler:
         for axis in {*ready.axis_leaves, *form.each}:
             fixed[axis] = self.setting.index(axis, coordinate)
             values[axis] = fixed[axis]
-        compiled = self._compiled(ready, form, shard, coordinate, fixed)
+        compiled, pads = self._compiled(ready, form, shard, coordinate, fixed)
         dtypes = self._dtypes(ready, form, shard)
         for k, (side, found) in enumerate(zip(ready.equation.targets, compiled.blocks, strict=True)):
             stacked = ready.named[k] - ready.leaves if ready.named else frozenset()
@@ -122,6 +127,7 @@ class Compiler:
                     form.texts[k] or _plain_texts(shard),
                     dtypes[k],
                     form.reduce,
+                    tuple(size for place, size in pads.items() if place in form.cut_pads),
                 )
 
     def wanted(
@@ -210,6 +216,7 @@ class Compiler:
         parts: tuple[int, ...] | None = None
         count = len(ready.equation.targets)
         reduces = state.reduces if state and state.reduces else ready.equation.reduces
+        reduce = Reduce(reduces[0].kind, tuple(axis for one in reduces for axis in one.axes)) if reduces else None
         each = state.each if state else ()
         if state and state.layout is not None:
             layout = state.layout
@@ -221,7 +228,7 @@ class Compiler:
             targets = tuple(Layout((*(Dim(axis) for axis in each), *t.dims), t.dtype) for t in targets)
         texts = tuple(tuple(spell_dim(dim) for dim in t.dims) for t in targets or ()) or ((),) * count
         cutting = axes(layout) if layout else ()
-        return Form(layout, targets, parts, each, reduces[0] if reduces else None, cutting, texts)
+        return Form(layout, targets, parts, each, reduce, cutting, _cut_pads(layout), texts)
 
     def _in_place(self, ready: Ready, shard: Held, coordinate: Mapping[str, int]) -> None:
         for place in ready.equation.on:
@@ -259,20 +266,20 @@ class Compiler:
 
     def _compiled(
         self, ready: Ready, form: Form, shard: Held, coordinate: Mapping[str, int], fixed: Mapping[str, int]
-    ) -> Compiled:
+    ) -> tuple[Compiled, Pads]:
         if form.layout is None or form.targets is None:
-            return _identity(shard.shape, len(ready.equation.targets))
+            return _identity(shard.shape, len(ready.equation.targets)), {}
         at = tuple((axis, coordinate.get(axis)) for axis in form.axes)
         key = (ready.equation.number, shard.state, shard.shape, at, tuple(fixed.items()))
         if key not in self._kept:
             names = {name for layout in (form.layout, *form.targets) for dim in layout.dims for name in names_in(dim)}
             require(self.solver, names, str(shard))
-            self._kept[key] = self._compile(ready, form, shard, coordinate, fixed)
-        return self._kept[key]
+            self._kept[key], self._pads[key] = self._compile(ready, form, shard, coordinate, fixed)
+        return self._kept[key], self._pads[key]
 
     def _compile(
         self, ready: Ready, form: Form, shard: Held, coordinate: Mapping[str, int], fixed: Mapping[str, int]
-    ) -> Compiled:
+    ) -> tuple[Compiled, Pads]:
         assert form.layout is not None and form.targets is not None
         if len(form.layout.dims) != len(shard.shape):
             raise FitError(f"{shard} has shape {list(shard.shape)}, but its layout has {len(form.layout.dims)} dims")
@@ -296,7 +303,7 @@ class Compiler:
                 f"{list(compiled.shape)}",
                 hint="with " + " ".join(f"{name}={n}" for name, n in sorted(self._sizes_of(form).items())),
             )
-        return compiled
+        return compiled, pad
 
     def _sizes_of(self, form: Form) -> dict[str, int]:
         assert form.layout is not None
@@ -313,6 +320,25 @@ class Compiler:
             raise FitError(f"{shard} is {shard.dtype}, but {self.checked.where(ready.equation)} says {written}")
         targets = [side.layout.dtype if side.layout else None for side in ready.equation.targets]
         return tuple(shard.dtype if word is None else WORDS[word] for word in targets)
+
+
+def _cut_pads(layout: Layout | None) -> frozenset[tuple[int, int]]:
+    return frozenset(
+        (number, k)
+        for number, dim in enumerate(layout.dims if layout is not None else ())
+        for k, is_cut in enumerate(_pads_in(dim, is_cut=False))
+        if is_cut
+    )
+
+
+def _pads_in(expr: Expr, *, is_cut: bool) -> Iterator[bool]:
+    """For each padding in order, whether a cut goes through it and all that stands beside it is whole."""
+    if isinstance(expr, Pad):
+        yield is_cut
+    elif isinstance(expr, Product | Concat):
+        whole = bool(expr.cuts) and len(cuts_in(expr)) == len(expr.cuts)
+        for part in expr.items if isinstance(expr, Product) else expr.parts:
+            yield from _pads_in(part, is_cut=is_cut or whole)
 
 
 def _identity(shape: Shape, count: int) -> Compiled:
