@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,7 +15,7 @@ import ucp
 from tests.format.build import write
 from tests.support.gloo import spawn
 from tests.train.handmade import columns, make
-from tests.train.staged import PROGRAM, SIZES, Stage, adamw, check, checkpoint
+from tests.train.staged import LOGICAL, PROGRAM, SIZES, Stage, adamw, check, checkpoint
 from ucp.lang import parse
 from ucp.store import LocalStore
 
@@ -24,18 +27,42 @@ model.q.weight [heads 2 half, hidden] <-> attn.q.weight [heads half 2, hidden]
 """
 
 
-def load_stage(rank: int, world: int, folder: str) -> int:
+def load_stage(rank: int, world: int, url: str) -> int:
     """One rank of a job of two stages of two ranks each; its place follows from its rank."""
     place = {"tp": 2, "pp": 2, "tp_rank": rank % 2, "pp_rank": rank // 2}
     stage = Stage(**place)
     optimizer = adamw(stage)
-    ckpt = checkpoint(f"{folder}/{rank}")
-    ucp.load((stage, optimizer), ckpt, program=parse(PROGRAM), mesh={"pp": 2, "tp": 2}, sizes=SIZES)
+    report = ucp.load((stage, optimizer), url, program=parse(PROGRAM), mesh={"pp": 2, "tp": 2}, sizes=SIZES)
+    assert report.bytes_checked > 3 * report.bytes_read / 2, "what ranks read half of each is checked together"
     return check(stage, optimizer, **place)
 
 
+def universal(folder: Path) -> str:
+    made = checkpoint(folder / "made")
+    write(made.catalog, LocalStore(made.store.url), folder / "universal")
+    return str(folder / "universal")
+
+
 def test_four_ranks_of_tensor_and_pipeline_parallel_get_their_own_parts(tmp_path):
-    assert spawn(load_stage, 4, str(tmp_path)) == [9, 9, 9, 9]
+    assert spawn(load_stage, 4, universal(tmp_path)) == [9, 9, 9, 9]
+
+
+def load_damaged(rank: int, world: int, url: str) -> str:
+    stage = Stage(tp=2, pp=2, tp_rank=rank % 2, pp_rank=rank // 2)
+    with pytest.raises(ucp.CorruptError) as caught:
+        ucp.load(stage, url, program=parse(PROGRAM), mesh={"pp": 2, "tp": 2}, sizes=SIZES)
+    return caught.value.message
+
+
+def test_damage_that_one_stage_finds_is_told_to_all(tmp_path):
+    url = universal(tmp_path)
+    (path,) = (file for file in Path(url, "tensors", "layers.0.o.weight", "c").rglob("*") if file.is_file())
+    data = bytearray(path.read_bytes())
+    tensor = LOGICAL["layers.0.o.weight"].numpy().tobytes()
+    data[data.index(tensor) + 17] ^= 1
+    path.write_bytes(data)
+    messages = spawn(load_damaged, 4, url)
+    assert all("layers.0.o.weight" in message for message in messages)
 
 
 class Model(nn.Module):

@@ -38,6 +38,11 @@ class Crew:
             rank = rank * size + index
         return cls(rank, mesh.size(), [mesh.get_group(axis) for axis in range(mesh.ndim)])
 
+    @classmethod
+    def everybody(cls) -> Crew:
+        """All ranks of the process group."""
+        return cls(distributed.get_rank(), distributed.get_world_size(), [distributed.group.WORLD])
+
     def share(self, work: Callable[[], tuple[Mine, Shared]]) -> tuple[Mine, list[Shared]]:
         """Every rank does `work`; its first result is this rank's own, of the second each rank gets everybody's.
 

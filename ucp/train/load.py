@@ -78,7 +78,8 @@ def load(
     A conversion `program` describes the target's tensors where they are not the checkpoint's: each of them is made of
     parts of logical tensors, as at `coordinate` of `mesh` (axis names to numbers of ranks, outermost first), and what
     no part fills is padding and becomes zero, in values and states. ``"source"`` is the program that the checkpoint
-    keeps. Without a coordinate it is that of the process group's rank, counted row-major. A rank that holds several
+    keeps. Without a coordinate it is that of the process group's rank, counted row-major; all ranks then
+    call and check together, as those of a target's mesh do. A rank that holds several
     virtual stages puts them in one module (`nn.ModuleList`) and says where each is by the start of its names:
     ``coordinate={"0": {"pp": 1, "vpp": 0}, "1": {"pp": 1, "vpp": 1}}``. `sizes` and `flags` are the program's where
     shapes and names do not tell. `cuts` and `placements` say what is not even, as in `ucp.layout.setting.Setting`:
@@ -105,6 +106,8 @@ def load(
     with torch.inference_mode(False):
         targets = take_apart(target)
         crew = Crew.of(slot.tensor for slot in targets.slots) if verify else Crew()
+        if verify and crew.size == 1 and wish is not None and wish.together:
+            crew = Crew.everybody()
 
         def read() -> tuple[tuple[Job, Ledger], list[Piece]]:
             ckpt = _opened(source, family, options)
