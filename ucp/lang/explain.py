@@ -12,9 +12,10 @@ from ucp.lang.ast import Program
 from ucp.lang.bind import Bound
 from ucp.lang.check import Checked, Ready, check
 from ucp.lang.choose import holds, matcher
-from ucp.lang.export import Exporter, Values
+from ucp.lang.export import Exporter
 from ucp.lang.held import Held
 from ucp.lang.match import Matcher, captures, describe, nearest
+from ucp.lang.numbering import Values
 from ucp.lang.shards import Compiler
 from ucp.lang.solve import Solver, solve
 from ucp.lang.trial import unknown_sizes
