@@ -117,7 +117,7 @@ def tokens(model: Model) -> np.ndarray:
 
 def make_families(wanted: Mapping[Model, Sequence[Grid]], folder: Path) -> dict[str, Family]:
     """Run Megatron-Core in one fresh process for all models and grids; skips where it is not installed."""
-    if importlib.util.find_spec("megatron.core") is None:
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         pytest.skip("megatron-core is not installed; these tests compare with its modules (pip install megatron-core)")
     grids = {model: [ONE, *(grid for grid in listed if grid != ONE)] for model, listed in wanted.items()}
     jobs = [

@@ -18,8 +18,10 @@ _ROWS = ("attention.dense.weight", "dense_4h_to_h.weight")
 _ROW_BIASES = ("attention.dense.bias", "dense_4h_to_h.bias")
 
 
-def ranks(state: Arrays, tp: int, *, layers: int, parallel: bool, divisible: int = 128) -> list[dict[str, np.ndarray]]:
-    """What each of `tp` ranks holds of a GPTNeoXForCausalLM without tied weights."""
+def ranks(
+    state: Arrays, tp: int, *, layers: int, parallel: bool, tied: bool = False, divisible: int = 128
+) -> list[dict[str, np.ndarray]]:
+    """What each of `tp` ranks holds of a GPTNeoXForCausalLM."""
     made: list[dict[str, np.ndarray]] = [{} for _ in range(tp)]
     for name, array in state.items():
         found = re.fullmatch(r"gpt_neox\.layers\.(\d+)\.(.*)", name)
@@ -32,6 +34,10 @@ def ranks(state: Arrays, tp: int, *, layers: int, parallel: bool, divisible: int
                 "gpt_neox.final_layer_norm.bias": f"{layers + 3}.norm.bias",
                 "lm_head.weight": f"{layers + 4}.final_linear.weight",
             }[name]
+        if tied and name == "lm_head.weight":
+            continue
+        if tied and name == "gpt_neox.embed_in.weight":
+            local = "tied_modules.embed.word_embeddings.weight"
         for rank, part in enumerate(_parts(local, array, tp, parallel, divisible)):
             made[rank][local] = np.ascontiguousarray(part)
     return made

@@ -19,11 +19,11 @@ FLAGS = {"tied": False, "parallel_residual": True, "gqa": False, "rms": False, "
 HEADS = {"heads": 4, "d": 8, "vocab": VOCAB}
 
 
-def module(kind: str, **config):
+def module(kind: str, *, tied: bool = False, **config):
     torch.manual_seed(4)
     cls = getattr(transformers, kind)
     common = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    made = cls(cls.config_class(**common, intermediate_size=44, tie_word_embeddings=False, **config)).eval()
+    made = cls(cls.config_class(**common, intermediate_size=44, tie_word_embeddings=tied, **config)).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0, 0.3)
@@ -52,7 +52,7 @@ def scattered(tensors, tp, flags, sizes):
     return [made[at(tp=rank, dp=0)] for rank in range(tp)]
 
 
-def refilled(program, tensors, like, **flags):
+def refilled(program, tensors, like, *, tied=False, **flags):
     """A new module of the same architecture with the logical tensors, by its own strict loading."""
     made = scatter(
         load_program(program),
@@ -60,7 +60,7 @@ def refilled(program, tensors, like, **flags):
         mesh=Mesh({"tp": 1}),
         coordinates=[at(tp=0)],
         sizes={"heads": 4, "d": 8},
-        flags={"tied": False, **flags},
+        flags={"tied": tied, **flags},
     )[at(tp=0)]
     new = type(like)(like.config).eval()
     new.load_state_dict({name: torch.from_numpy(array) for name, array in made.items()}, strict=True)
@@ -85,6 +85,14 @@ def test_pythia_is_cut_again(tp):
     flags = {**FLAGS, "parallel_residual": False}
     for made, expected in zip(scattered(gathered(ranks, flags, HEADS), tp, flags, HEADS), ranks, strict=True):
         assert_same(made, expected)
+
+
+def test_a_tied_head():
+    original = module("GPTNeoXForCausalLM", tied=True, use_parallel_residual=True)
+    ranks = neox.ranks(arrays(original), 2, layers=LAYERS, parallel=True, tied=True)
+    found = gathered(ranks, {**FLAGS, "tied": True}, HEADS)
+    again = refilled("hf_gpt_neox", found, original, tied=True, attention_bias=True, in_memory=True)
+    np.testing.assert_array_equal(logits(again), logits(original))
 
 
 def test_summed_biases_are_not_cut_again():
