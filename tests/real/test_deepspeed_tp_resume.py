@@ -39,6 +39,7 @@ MORE_MOVES: dict[str, list[dict[str, Any]]] = {
     "autotp_z2_fp32_tp2dp2_uneven": [degrees(1, 1, 2, stage=1), degrees(1, 2, 1), degrees(1, 2, 2, stage=3)],
     "autotp_z3_bf16_tp2dp2": [degrees(1, 1, 2), degrees(1, 2, 1), degrees(1, 2, 2, stage=1)],
     "autotp_z1_fp32_tp2dp1_phi3": [degrees(1, 1, 2), degrees(1, 2, 2)],
+    "autotp_z1_fp32_tp4dp1_empty": [degrees(1, 1, 1), degrees(1, 4, 1)],
     "autotp_z2_fp32_tp2dp2_frozen": [degrees(1, 1, 2), degrees(1, 2, 1), degrees(1, 2, 2, stage=3)],
     "autotp_z3_fp32_tp2dp2_frozen": [degrees(1, 1, 2), degrees(1, 2, 2), degrees(1, 2, 1, stage=1)],
     "megatron_z1_fp32_pp2tp2dp2": [degrees(1, 1, 2), degrees(2, 1, 2), degrees(1, 2, 4), degrees(1, 4, 1)],

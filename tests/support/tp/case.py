@@ -22,7 +22,8 @@ class TpCase:
     ``autotp`` is a Hugging Face model that DeepSpeed itself cuts; ``megatron`` a GPT of Megatron's tensor-parallel
     layers in DeepSpeed's pipeline engine. `architecture` and `kv_heads` choose AutoTP's model, `info` is the version
     that the Megatron-style job gives its ``universal_checkpoint_info``; ``None`` is a job that gives none. `frozen`
-    freezes the MLP of AutoTP's first layer.
+    freezes the MLP of AutoTP's first layer. `round_robin` only says that DeepSpeed's own gathering calls are not asked,
+    which know no parameters of no elements.
     """
 
     name: str
@@ -99,6 +100,9 @@ CASES: dict[str, TpCase] = {
         TpCase(name="autotp_z3_bf16_tp2dp2", dp=2, stage=3, dtype="bf16"),
         TpCase(name="autotp_z3_fp32_tp2dp1_uneven", stage=3, kv_heads=3),
         TpCase(name="autotp_z1_fp32_tp2dp1_phi3", architecture="phi3"),
+        TpCase(name="autotp_z1_fp32_tp4dp1_empty", tp=4, round_robin=True),
+        TpCase(name="autotp_z0_fp32_tp2dp1", stage=0),
+        TpCase(name="megatron_z0_fp32_pp2tp2dp1", launcher="megatron", pp=2, stage=0),
         TpCase(name="autotp_z2_fp32_tp2dp2_frozen", dp=2, stage=2, frozen=True),
         TpCase(name="autotp_z3_fp32_tp2dp2_frozen", dp=2, stage=3, frozen=True),
         TpCase(name="megatron_z1_fp32_pp2tp2dp1", launcher="megatron", pp=2, tied=True),

@@ -119,7 +119,7 @@ def whole(module: Any, job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
     own = {
         "place": module.place(job),
         "cuts": module.cuts(job),
-        "truth": truths.gather(job),
+        "truth": _gather(job),
         "steps": truths.parameter_steps(job),
         "groups": described_groups(job),
     }
@@ -137,6 +137,17 @@ def whole(module: Any, job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "apart": sorted(apart),
     }
     return tensors, record
+
+
+def _gather(job: Job) -> truths.Truth:
+    """What this rank holds, over its data-parallel group. The optimizer knows no parameters of no elements."""
+    empty = {name: p for name, p in job.engine.module.named_parameters() if not p.numel() and not hasattr(p, "ds_id")}
+    if not empty:
+        return truths.gather(job)
+    found = {**truths._optimized(job), **truths._module_state(job)}
+    kinds = {key.partition("/")[0] for key in found} - {"lowp", "buffer", "frozen"}
+    found |= {f"{kind}/{name}": torch.zeros(p.shape) for name, p in empty.items() for kind in kinds}
+    return {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
 
 
 def _wholes(everyone: list[Any], apart: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
