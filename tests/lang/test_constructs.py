@@ -45,7 +45,7 @@ def test_uneven_cuts_are_read_off_the_shards() -> None:
     assert (back["w"] == whole).all()
     with pytest.raises(FitError, match="cannot cut evenly"):
         scatter(program, {"w": whole}, mesh=Mesh({"tp": 2}), sizes={"d": 4})
-    again = scatter(program, {"w": whole}, mesh=Mesh({"tp": 2}), sizes={"d": 4}, cuts={("k", ("tp",)): (0, 2, 3)})
+    again = scatter(program, {"w": whole}, mesh=Mesh({"tp": 2}), cuts={("k", ("tp",)): (0, 2, 3)})
     assert all((again[place]["w"] == shards[place]["w"]).all() for place in shards)
 
 
@@ -77,8 +77,10 @@ def test_placements_recorded_per_rank() -> None:
     shards = scatter(program, {"moe.w": whole}, mesh=Mesh({"ep": 3}), sizes=sizes, placements=placements)
     assert [len(shards[at(ep=n)]) for n in range(3)] == [3, 0, 2]
     assert (shards[at(ep=0)]["experts.0.w"] == whole[3]).all()
-    back = gather(program, shards, mesh=Mesh({"ep": 3}), sizes=sizes, placements=placements)
+    back = gather(program, shards, mesh=Mesh({"ep": 3}), placements=placements)
     assert (back["moe.w"] == whole).all()
+    with pytest.raises(FitError, match=r"e is 5 \(given\), but the largest e in its recorded placement is 3"):
+        gather(program, shards, mesh=Mesh({"ep": 3}), sizes={"e": 5}, placements=placements)
     shards[at(ep=2)]["experts.1.w"][0] += 1
     with pytest.raises(ConflictError):
         gather(program, shards, mesh=Mesh({"ep": 3}), sizes=sizes, placements=placements)

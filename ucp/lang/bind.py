@@ -99,6 +99,7 @@ def bind(
         sizes=sizes or {},
         config=config or {},
         cuts=cuts or {},
+        placements=placements or {},
     )
     setting = solver.setting(placements or {})
     compiler = Compiler(checked, solver, setting, {**chosen, **{axis: n > 1 for axis, n in solver.mesh.items()}})

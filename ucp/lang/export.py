@@ -157,6 +157,7 @@ def export(
         sizes=sizes or {},
         config=config or {},
         cuts=cuts or {},
+        placements=placements or {},
     )
     setting = solver.setting(placements or {})
     all_flags = {**chosen, **{axis: n > 1 for axis, n in solver.mesh.items()}}

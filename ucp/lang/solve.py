@@ -103,11 +103,18 @@ def solve(
     sizes: Mapping[str, int],
     config: Mapping[str, int],
     cuts: Cuts,
+    placements: Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]] | None = None,
 ) -> Solver:
     """All sizes that can be known. Those still unknown are simply not in the result; see `require`."""
     factored = {part for factor in flat.factors for part in factor.parts}
     axes = {axis: mesh[axis] for axis in (*flat.axes, *dict(mesh.axes)) if axis not in factored}
     solver = Solver(flat, axes, dict(sizes), dict(cuts), dict.fromkeys(sizes, "given"))
+    for (name, _), bounds in cuts.items():
+        if name.isidentifier() and bounds:
+            solver.learn(name, bounds[-1], f"recorded cuts of {name} end at {bounds[-1]}")
+    for (name, _), held in (placements or {}).items():
+        largest = max((index for indices in held.values() for index in indices), default=-1)
+        solver.learn(name, largest + 1, f"the largest {name} in its recorded placement is {largest}")
     for numbers in numbered:
         _count(solver, numbers)
     by_expr = _grouped(observations)
