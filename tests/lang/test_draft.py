@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -283,3 +284,13 @@ def test_what_some_layers_lack_is_optional() -> None:
     found = drafted({(): {name: values(3) for name in names}}, Mesh({}))
     optional = {line.split()[0] for line in found.text.splitlines() if line.endswith(" optional")}
     assert optional == {"b", "experts.{e}.c"}
+
+
+def test_programs_that_do_not_fit_cost_little() -> None:
+    """Near names are looked for in an error that is raised, not in every one that might be."""
+    held = [Held(f"stack.{n}.odd_{part}.weight", (4, 4), "float32") for n in range(80) for part in "abcdefgh"]
+    start = time.process_time()
+    found = draft(held, Mesh({}))
+    assert found.problem is None
+    assert found.fits == ()
+    assert time.process_time() - start < 15

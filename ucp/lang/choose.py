@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ucp.errors import FitError, UsageError
 from ucp.lang.ast import Condition
@@ -65,7 +66,8 @@ def choose(
             best = (problems, trial)
     if not fitting:
         assert best is not None
-        raise next(_problems(found, best[1]))
+        make_error = next(_problems(found, best[1]))
+        raise make_error()
     if len(fitting) > 1:
         unsure = [flag for flag in open_flags if len({trial[flag] for trial in fitting}) > 1]
         raise FitError(
@@ -111,7 +113,8 @@ def _candidates(checked: Checked, names: Sequence[str], sizes: Mapping[str, int]
     return _Names(checked, candidates, frozenset(dropped))
 
 
-def _problems(found: _Names, flags: Mapping[str, bool]) -> Iterator[FitError]:
+def _problems(found: _Names, flags: Mapping[str, bool]) -> Iterator[Callable[[], FitError]]:
+    """Everything that does not fit, as what makes the error: near names are looked for only where one is raised."""
     rules = found.checked.rules
     active = {ready.equation.number for ready in rules if holds(ready.equation.conditions, flags)}
     used = set()
@@ -119,16 +122,20 @@ def _problems(found: _Names, flags: Mapping[str, bool]) -> Iterator[FitError]:
         fitting = [number for number, _ in candidates if number in active]
         used.update(fitting)
         if len(fitting) > 1 or (fitting and name in found.dropped):
-            yield _twice(found, name, fitting)
+            yield partial(_twice, found, name, fitting)
         elif not fitting and name not in found.dropped:
-            yield _unmatched(found, name, [number for number, _ in candidates], flags)
+            yield partial(_unmatched, found, name, [number for number, _ in candidates], flags)
     for ready in rules:
         equation = ready.equation
         if equation.number in active and equation.imports and not equation.optional and equation.number not in used:
-            yield FitError(
-                f"{found.checked.where(equation)}: no tensor is named {describe(equation.source)}",
-                hint=f"{_close_name(found, equation)}a rule that may find nothing ends with `optional`",
-            )
+            yield partial(_unused, found, equation)
+
+
+def _unused(found: _Names, equation: Equation) -> FitError:
+    return FitError(
+        f"{found.checked.where(equation)}: no tensor is named {describe(equation.source)}",
+        hint=f"{_close_name(found, equation)}a rule that may find nothing ends with `optional`",
+    )
 
 
 def _close_name(found: _Names, equation: Equation) -> str:
