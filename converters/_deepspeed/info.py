@@ -26,8 +26,8 @@ from .subparams import Declaration, cut_of, halves
 INFO = "universal_checkpoint_info"
 PIPELINE_REPLICATED = "pipeline_replicated_parameter_patterns"
 PROGRAM_HINT = (
-    "give program=, which says how parameters are cut (--spec on the command line), such as megatron_deepspeed; "
-    "the guide to the conversion language shows how to write one"
+    "give program=, --spec on the command line, which says how parameters are cut: one of `ucp spec list` such as "
+    "megatron_deepspeed, or one that `ucp spec new` drafts from the checkpoint"
 )
 _NEWEST = 0.4
 
