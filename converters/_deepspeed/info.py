@@ -146,6 +146,11 @@ class Info:
             raise FitError(f"{parameter.name}: a fused vocabulary with padding", hint=PROGRAM_HINT)
         return replace(cut, rows=rows)
 
+    def ask(self, name: str) -> None:
+        """Count every pattern that matches `name` as used."""
+        for patterns in (*self.lists.values(), *(patterns for patterns, _ in self.subs)):
+            patterns.matching(name)
+
     def is_cut_by_rows(self, name: str) -> bool:
         """Whether ranks hold columns of this weight, that is rows of its transpose."""
         return bool(self.lists[_ROWS].matching(name))
@@ -167,6 +172,13 @@ class Info:
         """Whether it speaks of a vocabulary and of nothing else, as a job that is not tensor parallel does."""
         cut = [*self.lists[_ROWS].listed, *self.lists[_REPLICATED].listed, *self.affine]
         return bool(self.lists[_VOCABULARY].listed) and not cut
+
+    @property
+    def is_of_other_names(self) -> bool:
+        """Whether there are patterns, and none has matched any of the names that were asked for."""
+        lists = [*self.lists.values(), *(patterns for patterns, _ in self.subs)]
+        listed = [pattern for patterns in lists for pattern in patterns.listed]
+        return bool(listed) and not any(patterns.used for patterns in lists)
 
     @property
     def unused(self) -> list[str]:

@@ -39,6 +39,7 @@ class Marks:
         found: dict[str, Tree] = {"cat_dim": 0}
         if self._info is None:
             return found
+        self._info.ask(name)
         if self._info.is_cut_by_rows(name) and len(shape) > 1:
             found["cat_dim"] = 1
         if self._info.is_halved(name):
@@ -67,6 +68,11 @@ class Marks:
         """Remarks on jobs that cannot go by the marks."""
         if self._problem is not None:
             yield f"resume without tensor parallelism, or under AutoTP: {self._problem}"
+        elif self._info is not None and self._info.is_of_other_names:
+            yield (
+                "universal_checkpoint_info speaks of other names than these, so the folder does not say how parameters "
+                "are cut: resume without tensor parallelism, or under AutoTP"
+            )
         elif self._info is not None and self._info.is_silent_on_rows and catalog.source.mesh["tp"] == 1:
             yield (
                 "the source was not tensor parallel, and its universal_checkpoint_info does not say which weights are "

@@ -73,8 +73,9 @@ def test_the_program_is_kept_and_short(folders: Folders) -> None:
 
 
 @pytest.mark.parametrize("name", ["autotp_z1_fp32_tp2dp1_phi3", "megatron_z1_bf16_pp2tp2dp2"])
-def test_the_universal_form_holds_whole_tensors(name: str, folders: Folders, tmp_path: Path) -> None:
-    ucp.convert(str(folders[name] / "ckpt"), str(tmp_path / "out"))
+@pytest.mark.parametrize("to", ["universal", "deepspeed-universal"])
+def test_what_is_converted_holds_whole_tensors(name: str, to: str, folders: Folders, tmp_path: Path) -> None:
+    ucp.convert(str(folders[name] / "ckpt"), str(tmp_path / "out"), to=to)
     with ucp.open(str(tmp_path / "out")) as checkpoint:
         assert differences(checkpoint, truth(folders[name])) == []
 

@@ -88,6 +88,14 @@ def test_metadata_that_differs_between_ranks_is_no_guide(made: Made) -> None:
     assert any("not the same on all ranks" in note for note in CONVERTER.target(catalog, made.store).notes)
 
 
+def test_metadata_of_other_names_is_remarked(made: Made) -> None:
+    other = {"parameter_with_row_parallelism_patterns": ["layers.0.down"], "tp_replicated_parameter_patterns": ["n"]}
+    catalog = made.catalog(state={"client_state": {"universal_checkpoint_info": other}})
+    assert not any("other names" in note for note in CONVERTER.target(catalog, made.store).notes)
+    del other["tp_replicated_parameter_patterns"]
+    assert any("other names" in note for note in CONVERTER.target(catalog, made.store).notes)
+
+
 def test_a_declaration_that_contradicts_the_shape_is_remarked_and_no_error(made: Made) -> None:
     wrong = {"parameter_with_sub_params": [{"patterns": ["norm"], "shape": ((4, 2), 3), "partition_dim": 0}]}
     catalog = made.catalog(state={"client_state": {"universal_checkpoint_info": wrong}})
