@@ -25,6 +25,7 @@ _ROLES: tuple[tuple[re.Pattern[str], int, tuple[str | None, ...]], ...] = tuple(
         (r"[qk]_(layer)?norm\.weight$", 1, ("d",)),
     )
 )
+_OWN = re.compile(r"n[0-9]+[a-z]?")
 _OUT = re.compile(r"(^|\.)(o_proj|out_proj|dense|linear_proj|wo|out)\.weight$")
 
 
@@ -74,7 +75,9 @@ class Dims:
     def _name(self, wanted: str | None, size: int, used: Sequence[str]) -> str:
         if wanted is not None and self.sizes.get(wanted) == size and wanted not in used:
             return wanted
-        alike = [name for name, n in self.sizes.items() if n == size and name not in used]
+        # Names with a meaning of their own are not lent: an attention dim that is as long as the MLP is not `ffn`.
+        lent = (name for name in self.sizes if name == "hidden" or _OWN.fullmatch(name))
+        alike = [name for name in lent if self.sizes[name] == size and name not in used]
         if alike:
             return alike[0]
         name = next(n for n in _fresh(size) if n not in self.sizes and n not in self.taken and n not in used)
