@@ -68,6 +68,11 @@ class Marks:
         """Remarks on jobs that cannot go by the marks."""
         if self._problem is not None:
             yield f"resume without tensor parallelism, or under AutoTP: {self._problem}"
+        elif self._info is None and catalog.source.mesh["tp"] > 1:
+            yield (
+                "there is no universal_checkpoint_info, so the folder does not say how parameters are cut: resume "
+                "without tensor parallelism, or under AutoTP"
+            )
         elif self._info is not None and self._info.is_of_other_names:
             yield (
                 "universal_checkpoint_info speaks of other names than these, so the folder does not say how parameters "

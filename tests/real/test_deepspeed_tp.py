@@ -21,6 +21,7 @@ from tests.support.tp.case import CASES, QUICK
 from tests.support.tp.compare import differences, record, truth
 from ucp.errors import ConflictError, CorruptError, FitError, NotFoundError
 from ucp.lang import format_program, from_json, parse
+from ucp.run.convert import prepare
 
 READABLE = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
@@ -185,6 +186,12 @@ def test_without_metadata_a_program_tells(folders: Folders) -> None:
                 assert torch.equal(torch.cat([gate, up]), fused)
                 down = checkpoint[f"{layer}.down.weight"][state][...]
                 assert torch.equal(down, expected[f"{kind}/{layer}.mlp.dense_4h_to_h.weight"])
+
+
+def test_a_folder_without_metadata_says_that_it_is_for_jobs_of_degree_1(folders: Folders, tmp_path: Path) -> None:
+    folder = folders["megatron_z1_fp32_pp2tp2dp1_silent"] / "ckpt"
+    conversion = prepare(str(folder), str(tmp_path / "out"), to="deepspeed-universal", program=parse(SPEC))
+    assert any("resume without tensor parallelism" in note for note in conversion.target.notes)
 
 
 @pytest.mark.parametrize(
