@@ -1,4 +1,4 @@
-"""Drafts from the tensors of real Hugging Face models: bound, and under the shared logical names where these are known."""
+"""Drafts from the tensors of real Hugging Face models: bound, and under the shared names where these are known."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 
 from ucp.errors import UsageError
 from ucp.lang import load_program, parse
-from ucp.lang.arrays import at, scatter
+from ucp.lang.arrays import scatter
 from ucp.lang.bind import bind
 from ucp.lang.explain import Explanation, explain, explain_bound
 from ucp.lang.held import Held
@@ -60,7 +60,7 @@ def only(found: list[Explanation]) -> Explanation:
 def whole() -> dict[str, np.ndarray]:
     shapes = {"q": (16, 3), "k": (8, 3), "v": (8, 3), "rope": (24, 3), "conv": (4, 3)}
     rng = np.random.default_rng(0)
-    named = {f"layers.{l}.{name}.weight": shape for l in range(4) for name, shape in shapes.items()}
+    named = {f"layers.{n}.{name}.weight": shape for n in range(4) for name, shape in shapes.items()}
     return {name: rng.random(shape, np.float32) for name, shape in {**named, "embed.weight": (5, 3)}.items()}
 
 
@@ -148,9 +148,8 @@ def test_factored_axes_are_told_as_a_whole() -> None:
 def test_a_bound_program_tells_copies_and_real_padding() -> None:
     mesh = Mesh({"tp": 2, "dp": 2})
     held = [Held("embed.weight", (4, 3), "float32", {"tp": t, "dp": d}) for d in range(2) for t in range(2)]
-    program = parse(
-        "format 1\nmesh tp dp\nsize vocab hidden\nembed.weight [(vocab + _)/tp, hidden] <-> embed.weight [vocab, hidden]\n"
-    )
+    rule = "embed.weight [(vocab + _)/tp, hidden] <-> embed.weight [vocab, hidden]"
+    program = parse(f"format 1\nmesh tp dp\nsize vocab hidden\n{rule}\n")
     bound = bind(program, held, mesh=mesh, sizes={"vocab": 5})
     found = only(explain_bound(bound, held, "embed.weight"))
     told = [(h.held, r.here, r.there, r.replica) for h in found.holdings for r in h.regions]
@@ -163,6 +162,6 @@ def test_a_bound_program_tells_copies_and_real_padding() -> None:
 
 
 def test_a_name_without_a_rule_is_an_error() -> None:
-    with pytest.raises(UsageError, match="no rule is for layers.0.qkw.weight") as caught:
+    with pytest.raises(UsageError, match="no rule is for layers") as caught:
         explain(FUSED, "layers.0.qkw.weight", mesh=MESH)
     assert caught.value.hint == "nearest: layers.{l}.qkv.weight"

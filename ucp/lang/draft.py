@@ -7,6 +7,8 @@ tensors are read, so that a wrong guess is an error and never a wrong number.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,9 @@ from ucp.lang.load import load_program, shipped
 from ucp.lang.match import describe
 from ucp.lang.parser import parse
 from ucp.layout import Mesh
+
+_FLAG = re.compile(r"--flag (\w+)=")
+_MOST_FLAGS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +125,26 @@ def _fitting(held: Sequence[Held], mesh: Mesh, programs: Sequence[Program], size
     """Programs that take all shards as they are, or would if they were given what they ask for."""
     found = []
     for program in programs:
-        name = program.file.removesuffix(".ucp")
-        try:
-            bind(program, held, mesh=mesh, config=sizes)
-        except FitError as error:
-            if not (error.hint or "").startswith("give --"):
-                continue
-            name += f" {(error.hint or '').removeprefix('give ')}"
-        found.append(name)
+        asked = _asked(program, held, mesh, sizes, {})
+        flags = _FLAG.findall(asked or "")
+        if len(flags) > _MOST_FLAGS:
+            continue
+        for values in itertools.product((False, True), repeat=len(flags)):
+            chosen = dict(zip(flags, values, strict=True))
+            sized = _asked(program, held, mesh, sizes, chosen) if chosen else asked
+            if sized is not None and "--flag" not in sized:
+                words = [f"--flag {name}={'yes' if value else 'no'}" for name, value in chosen.items()]
+                found.append(" ".join([program.file.removesuffix(".ucp"), *words, *([sized] if sized else [])]))
     return found
+
+
+def _asked(
+    program: Program, held: Sequence[Held], mesh: Mesh, sizes: Mapping[str, int], flags: Mapping[str, bool]
+) -> str | None:
+    """The options that a program asks for to take all shards, "" for none; None where it does not fit."""
+    try:
+        bind(program, held, mesh=mesh, config=sizes, flags=flags)
+    except FitError as error:
+        hint = error.hint or ""
+        return hint.removeprefix("give ") if hint.startswith("give --") else None
+    return ""
