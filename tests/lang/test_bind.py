@@ -135,10 +135,39 @@ def test_what_cannot_be_told_is_asked_for() -> None:
 
 def test_a_flag_that_names_do_not_tell_is_asked_for() -> None:
     program = parse("format 1\nflag a\nw <-> w\nv <-> v when a optional\n")
-    with pytest.raises(FitError, match="the names do not tell whether a") as caught:
+    with pytest.raises(FitError, match="names and shapes do not tell whether a") as caught:
         bind(program, [Held("w", (2,), "float32")], mesh=Mesh({}))
     assert caught.value.hint == "give --flag a=yes|no"
     bind(program, [Held("w", (2,), "float32")], mesh=Mesh({}), flags={"a": True})
+
+
+GATED = parse(
+    "format 1\nmesh tp\nsize f h g d\nflag gated split\n"
+    "fc1 [f/tp + f/tp, h] <-> gate [f, h], up [f, h] when gated\nfc1 [f/tp, h] <-> up [f, h] unless gated\n"
+    "fc2 [h, f/tp] <-> down [h, f]\n"
+    "qk [g/tp (d + d)] <-> q [g d], k [g d] unless split\nqk [g/tp d + g/tp d] <-> q [g d], k [g d] when split\n",
+    file="gated.ucp",
+)
+
+
+@pytest.mark.parametrize("rows", [6, 12])
+def test_a_flag_that_shapes_tell_is_found(rows: int) -> None:
+    held = [Held("fc1", (rows, 4), "float32"), Held("fc2", (4, 6), "float32"), Held("qk", (8,), "float32")]
+    bound = bind(GATED, held, mesh=Mesh({}), flags={"split": True}, sizes={"d": 2})
+    assert bound.flags["gated"] == (rows == 12)
+    with pytest.raises(FitError, match=r"gated.ucp: names and shapes do not tell whether split"):
+        bind(GATED, held, mesh=Mesh({}), sizes={"d": 2})
+    with pytest.raises(FitError, match=r"fc1.*; and names do not tell whether gated"):
+        bind(GATED, [Held("fc1", (7, 4), "float32"), *held[1:]], mesh=Mesh({}), flags={"split": True}, sizes={"d": 2})
+
+
+def test_a_choice_does_not_win_by_needing_fewer_sizes() -> None:
+    program = parse(
+        "format 1\nsize g d n\nflag fused\n"
+        "qk [g (d + d)] <-> q [g d], k [g d] when fused\nqk [n] <-> q [n] unless fused\n"
+    )
+    with pytest.raises(FitError, match="do not tell whether fused"):
+        bind(program, [Held("qk", (8,), "float32")], mesh=Mesh({}))
 
 
 # Seeded defects: each takes sound shards and spoils them.

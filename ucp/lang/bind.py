@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from ucp.errors import FitError
 from ucp.lang.ast import Program
 from ucp.lang.check import Checked, Ready, check
-from ucp.lang.choose import Match, choose, holds
+from ucp.lang.choose import Match, choices, holds, undecided
 from ucp.lang.coverage import Piece, place
 from ucp.lang.held import Held
 from ucp.lang.observe import lengths, numbers
 from ucp.lang.recorded import Placements, check_recorded
 from ucp.lang.shards import Compiler, Part
 from ucp.lang.siblings import check_siblings
-from ucp.lang.solve import Cuts, Solver, solve
+from ucp.lang.solve import Cuts, Solver, UnknownSizeError, solve
 from ucp.layout import Box, Mesh, Shape
 from ucp.layout.block import View
 from ucp.layout.setting import Setting
@@ -80,8 +80,8 @@ def bind(
     """Bind `program` to the shards `held`.
 
     `sizes` are given and must agree with the shapes; `config` is asked where shapes do not tell. `flags` that are not
-    given are found where the names allow one choice only. `cuts` and `placements` are what the source records of uneven
-    cuts and of placements, as in `Setting`.
+    given are found where names and shapes allow one choice only. `cuts` and `placements` are what the source records
+    of uneven cuts and of placements, as in `Setting`.
 
     ProgramError for a program that is wrong by itself, FitError where it and the shards do not fit: a tensor that no
     rule or that two match, a rule that matches nothing, sizes that contradict each other or cannot be told, a dim that
@@ -90,18 +90,64 @@ def bind(
     checked = check(program)
     check_recorded(checked, cuts or {}, placements or {})
     known = {**checked.defaults, **(config or {}), **(sizes or {})}
-    matches, chosen = choose(checked, [shard.name for shard in held], flags or {}, mesh, known)
+    given = _Given(checked, held, mesh, sizes or {}, config or {}, cuts or {}, placements or {})
+    names = [shard.name for shard in held]
+    return _settled(given, choices(checked, names, flags or {}, mesh, known)).bound()
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What `bind` was called with."""
+
+    checked: Checked
+    held: Sequence[Held]
+    mesh: Mesh
+    sizes: Mapping[str, int]
+    config: Mapping[str, int]
+    cuts: Cuts
+    placements: Placements
+
+
+def _settled(given: _Given, found: Sequence[tuple[dict[str, Match], dict[str, bool]]]) -> _Compiled:
+    """The one choice of flags that the shapes do not contradict.
+
+    A choice under which a size cannot be told is not contradicted: another must not win by needing fewer sizes.
+    """
+    if len(found) == 1:
+        return _compiled(given, *found[0])
+    fitting: list[tuple[dict[str, bool], _Compiled | UnknownSizeError]] = []
+    refuted: list[FitError] = []
+    for matches, chosen in found:
+        try:
+            fitting.append((chosen, _compiled(given, matches, chosen)))
+        except UnknownSizeError as error:
+            fitting.append((chosen, error))
+        except FitError as error:
+            refuted.append(error)
+    if not fitting:
+        raise undecided(given.checked, [chosen for _, chosen in found], f"{refuted[0].message}; and names do not tell")
+    if len(fitting) > 1:
+        raise undecided(given.checked, [chosen for chosen, _ in fitting])
+    outcome = fitting[0][1]
+    if isinstance(outcome, UnknownSizeError):
+        raise outcome
+    return outcome
+
+
+def _compiled(given: _Given, matches: Mapping[str, Match], chosen: Mapping[str, bool]) -> _Compiled:
+    """Solve for sizes and compile every shard, with the flags `chosen`."""
+    checked, held = given.checked, given.held
     solver = solve(
         checked.flat,
         lengths(checked, matches, held),
         numbers(checked, matches, held),
-        mesh=mesh,
-        sizes=sizes or {},
-        config=config or {},
-        cuts=cuts or {},
-        placements=placements or {},
+        mesh=given.mesh,
+        sizes=given.sizes,
+        config=given.config,
+        cuts=given.cuts,
+        placements=given.placements,
     )
-    setting = solver.setting(placements or {})
+    setting = solver.setting(given.placements)
     compiler = Compiler(checked, solver, setting, {**chosen, **{axis: n > 1 for axis, n in solver.mesh.items()}})
     found: dict[Key, list[Found]] = {}
     dropped: list[int] = []
@@ -114,13 +160,30 @@ def bind(
         uses[match.rule] = uses.get(match.rule, 0) + 1
         for part in compiler.compile(shard, match):
             found.setdefault((part.name, shard.state), []).append((number, part))
-    produced: dict[int, list[str]] = {}
-    state = "value" if any(state == "value" for _, state in found) else next((state for _, state in found), "")
-    for (name, other), parts in found.items():
-        if other == state:
-            produced.setdefault(parts[0][1].rule, []).append(name)
-    check_siblings(checked, compiler.flags, produced, {**solver.mesh, **solver.sizes})
-    return _assembled(_Parts(checked, held, solver, setting, chosen), found, tuple(dropped), uses)
+    return _Compiled(_Parts(checked, held, solver, setting, chosen), compiler, found, tuple(dropped), uses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """All blocks of all shards; whether they make up whole tensors is not looked at yet."""
+
+    parts: _Parts
+    compiler: Compiler
+    found: dict[Key, list[Found]]
+    dropped: tuple[int, ...]
+    uses: Mapping[int, int]
+
+    def bound(self) -> Bound:
+        """The program bound. FitError for what is missing, or there twice."""
+        produced: dict[int, list[str]] = {}
+        states = dict.fromkeys(state for _, state in self.found)
+        state = "value" if "value" in states else next(iter(states), "")
+        for (name, other), parts in self.found.items():
+            if other == state:
+                produced.setdefault(parts[0][1].rule, []).append(name)
+        solver = self.parts.solver
+        check_siblings(self.parts.checked, self.compiler.flags, produced, {**solver.mesh, **solver.sizes})
+        return _assembled(self.parts, self.found, self.dropped, self.uses)
 
 
 @dataclass(frozen=True, slots=True)

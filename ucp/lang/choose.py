@@ -44,6 +44,19 @@ def choose(
     FitError for a name that no rule or two match, for a rule that nothing matches, and where several values of a flag
     would do.
     """
+    found = choices(checked, names, flags, mesh, sizes)
+    if len(found) > 1:
+        raise undecided(checked, [chosen for _, chosen in found])
+    return found[0]
+
+
+def choices(
+    checked: Checked, names: Sequence[str], flags: Mapping[str, bool], mesh: Mesh, sizes: Mapping[str, int]
+) -> list[tuple[dict[str, Match], dict[str, bool]]]:
+    """Every choice of the flags not given that leaves no name and no rule over, with the rule of each name.
+
+    FitError if there is none: for a name that no rule or two match, or a rule that nothing matches.
+    """
     flat = checked.flat
     for flag in flags:
         if flag not in flat.flags:
@@ -68,12 +81,14 @@ def choose(
         assert best is not None
         make_error = next(_problems(found, best[1]))
         raise make_error()
-    if len(fitting) > 1:
-        unsure = [flag for flag in open_flags if len({trial[flag] for trial in fitting}) > 1]
-        raise FitError(
-            f"{checked.program.file}: the names do not tell whether {' and '.join(unsure)}", hint=_ask(unsure)
-        )
-    return _matches(found, fitting[0]), {flag: fitting[0][flag] for flag in flat.flags}
+    return [(_matches(found, trial), {flag: trial[flag] for flag in flat.flags}) for trial in fitting]
+
+
+def undecided(checked: Checked, fitting: Sequence[Mapping[str, bool]], why: str = "") -> FitError:
+    """The error that asks for the flags in which the choices that fit differ."""
+    unsure = [flag for flag in checked.flat.flags if len({chosen[flag] for chosen in fitting}) > 1]
+    cause = why or "names and shapes do not tell"
+    return FitError(f"{checked.program.file}: {cause} whether {' and '.join(unsure)}", hint=_ask(unsure))
 
 
 def holds(conditions: Sequence[Condition], flags: Mapping[str, bool]) -> bool:

@@ -236,7 +236,7 @@ def _problems(
     for name, found in matched.items():
         if name in tied and name not in ties:
             yield FitError(f"{name} is a tensor of its own, but the program ties it to {tied[name]}")
-        elif not any(rule in active for (rule, _), _ in found) and name not in tied:
+        elif not any(rule in active for (rule, _), _ in found) and name not in tied and name not in ties:
             known = [describe(side.name) for ready in checked.rules for side in ready.equation.targets]
             yield FitError(f"{name}: no rule of {checked.program.file} writes it", hint=nearest(name, known))
     for ready in checked.rules:

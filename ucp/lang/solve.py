@@ -24,6 +24,10 @@ Cuts = Mapping[tuple[str, tuple[str, ...]], tuple[int, ...]]
 Coordinate = Mapping[str, int]
 
 
+class UnknownSizeError(FitError):
+    """A size that neither shapes nor configuration tell; it does not say that anything is wrong."""
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """The tensor `name` has `length` along its dim `dim`, which the program says is `expr`, at `coordinate`."""
@@ -137,7 +141,9 @@ def require(solver: Solver, names: Iterable[str], tensor: str) -> None:
     missing = sorted({name for name in names if solver.value(name) is None})
     if missing:
         flags = " ".join(f"--size {name}=N" for name in missing)
-        raise FitError(f"{tensor}: {' and '.join(missing)} cannot be told from names and shapes", hint=f"give {flags}")
+        raise UnknownSizeError(
+            f"{tensor}: {' and '.join(missing)} cannot be told from names and shapes", hint=f"give {flags}"
+        )
 
 
 def _grouped(observations: Iterable[Observation]) -> list[list[Observation]]:

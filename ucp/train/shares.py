@@ -121,28 +121,18 @@ def _exporter(
     config: Mapping[str, int],
     flags: Mapping[str, bool],
 ) -> Exporter:
-    def tied(ties: Mapping[str, str]) -> Exporter:
-        return export(
-            program,
-            logical,
-            mesh=wish.mesh,
-            sizes=wish.sizes,
-            config=config,
-            flags=flags,
-            cuts=wish.cuts,
-            placements=wish.placements,
-            ties=ties,
-            job=held,
-        )
-
-    try:
-        return tied(catalog.ties)
-    except FitError as error:
-        # A job need not have a tensor for each alias of the checkpoint.
-        try:
-            return tied({})
-        except FitError:
-            raise error from None
+    return export(
+        program,
+        logical,
+        mesh=wish.mesh,
+        sizes=wish.sizes,
+        config=config,
+        flags=flags,
+        cuts=wish.cuts,
+        placements=wish.placements,
+        ties=catalog.ties,
+        job=held,
+    )
 
 
 def _held(targets: Targets, wish: Wish) -> Iterator[Held]:
