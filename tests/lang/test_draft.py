@@ -300,4 +300,4 @@ def test_flags_are_tried_before_a_program_is_said_to_fit() -> None:
     either = parse("format 1\nsize a b\nflag x\nw [a] <-> w when x\nw [b] <-> w unless x\n", file="either.ucp")
     one = parse("format 1\nsize a b c\nflag x\nw [a, c] <-> w when x\nw [b] <-> w unless x\n", file="one.ucp")
     found = draft([Held("w", (4,), "float32")], Mesh({}), programs=[either, one])
-    assert found.fits == ("either --flag x=no", "either --flag x=yes", "one --flag x=no")
+    assert found.fits == ("either --flag x=no", "either --flag x=yes", "one")
