@@ -31,6 +31,7 @@ class Tensor:
 
     @property
     def cuts(self) -> list[Along]:
+        """What cuts it along a dim that is known."""
         return [one for one in self.found if one.kind == "cut" and one.dim is not None]
 
 
