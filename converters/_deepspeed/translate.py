@@ -136,8 +136,10 @@ class _Dims:
 
     def _cut(self, cut: Along, shape: Shape) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
         """Dims as a rank has them and as the whole has them."""
-        local = [self._plain(k, n) for k, n in enumerate(shape) if k != cut.dim]
-        whole: list[Expr] = [*local]
+        padded = cut.dim > 0 and cut.rows is not None
+        real = (cut.rows, *shape[1:]) if cut.dim and cut.rows is not None else shape
+        whole: list[Expr] = [self._plain(k, n) for k, n in enumerate(real) if k != cut.dim]
+        local = [Concat((whole[0], Pad())), *whole[1:]] if padded else whole
         one, other = self._cut_dim(cut)
         return (*local[: cut.dim], one, *local[cut.dim :]), (*whole[: cut.dim], other, *whole[cut.dim :])
 
@@ -145,7 +147,7 @@ class _Dims:
         before = [self._dim(f"outer{cut.outer}", cut.outer)] if cut.outer > 1 else []
         after = [self._dim(f"inner{cut.inner}", cut.inner)] if cut.inner > 1 else []
         if (boundaries := cut.boundaries) is not None:
-            if cut.rows is not None:
+            if cut.rows is not None and not cut.dim:
                 return self._padded(cut, boundaries)
             own = self._named(cut.dim, cut.size, boundaries)
             return _product(*before, _sliced(own), *after), _product(*before, own, *after)
