@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tests.cli import shards
+from tests.cli.test_start_up import modules_loaded
 from ucp.lang import load_program, parse
 
 
@@ -23,7 +24,7 @@ def test_a_draft_is_printed(checkpoint, invoke, document) -> None:
     found = document("spec", "new", checkpoint)
     assert found["text"] == text
     assert (found["file"], found["problem"]) == (None, None)
-    assert "in layers.{l}" in text or "layers.{l}" in text
+    assert "layers.{l}" in text
     assert "state * : like param" in text
 
 
@@ -42,3 +43,9 @@ def test_questions_are_counted(tmp_path, invoke, document) -> None:
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, invoke) -> None:
     assert invoke("spec", "new", tmp_path).exit_code == 3
+
+
+def test_nothing_heavy_is_loaded(checkpoint, tmp_path) -> None:
+    path = tmp_path / "new.ucp"
+    for words in (["new", checkpoint, "--out", path], ["check", path, checkpoint]):
+        assert not modules_loaded("spec", *map(str, words)) & {"torch", "zarr", "rich"}

@@ -55,7 +55,7 @@ def command(
         raise UsageError(f"{path} exists", hint="name a new file, or remove it first")
     source = read_source(checkpoint, reading, Mesh({}))
     sizes = {**source.sharded.config, **parse_sizes(size)}
-    found = draft(source.held, source.sharded.mesh, same=None if no_data else _same(source), sizes=sizes)
+    found = draft(source.held, source.sharded.mesh, same=None if no_data else comparison(source), sizes=sizes)
     if path is not None:
         with Path(path).open("x", encoding="utf-8") as file:
             file.write(found.text)
@@ -89,7 +89,7 @@ def _report(out: Output, source: Source, found: Draft, path: str | None) -> None
         out.hint(f"`ucp spec check {path} {source.url}` proves it once it is edited")
 
 
-def _same(source: Source) -> Callable[[int, int], bool | None]:
+def comparison(source: Source) -> Callable[[int, int], bool | None]:
     """Compares the first and last bytes of two shards; None where both hold one value over and over."""
     kept: dict[int, tuple[bytes, bool]] = {}
 
