@@ -95,7 +95,7 @@ def _counted(family: Family, axis: str, by_name: Mapping[str, Mapping[int, objec
 
 
 def _is(part: object, wanted: str | None) -> bool:
-    return getattr(part, "name", None) == wanted and not getattr(part, "offset", None)
+    return getattr(part, "name", None) == wanted
 
 
 def _within(

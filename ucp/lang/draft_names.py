@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from ucp.lang.ast import Capture, Computed, Pattern, Wild
 from ucp.lang.match import Matcher
 from ucp.lang.overlap import both_match
-from ucp.layout.expr import Cut, Number
+from ucp.layout.expr import Cut
 
 LAYER, EXPERT = "l", "e"
 _LAYERS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks"})
@@ -108,16 +109,22 @@ def _capture_name(before: str, taken: set[str]) -> str:
 
 
 def _apart(found: list[Family]) -> list[Family]:
-    """Families whose patterns no name can match twice: where one could, captures are said to be numbers (``{l+0}``)."""
+    """Families whose patterns no name can match twice: where one could, the members of both are named one by one."""
     matchers = [Matcher.of(family.pattern) for family in found]
     clashing: set[int] = set()
     for b in range(len(found)):
         for a in range(b):
             if both_match(matchers[a], matchers[b]) is not None:
                 clashing |= {a, b}
-    return [_numeric(family) if number in clashing else family for number, family in enumerate(found)]
+    return [one for number, family in enumerate(found) for one in (_each(family) if number in clashing else [family])]
 
 
-def _numeric(family: Family) -> Family:
-    parts = (Capture(p.name, p.cuts, Number(0)) if isinstance(p, Capture) else p for p in family.components)
-    return Family(tuple(parts), family.members)
+def _each(family: Family) -> list[Family]:
+    return [Family(tuple(name.split(".")), {name: held}) for name, held in family.members.items()]
+
+
+def complete(family: Family) -> bool:
+    """Whether the numbers in the names are all from zero to the largest, in every combination."""
+    places = [place for place, part in enumerate(family.components) if isinstance(part, Capture)]
+    seen = {tuple(int(name.split(".")[place]) for place in places) for name in family.members}
+    return len(seen) == prod(1 + max(column) for column in zip(*seen, strict=True))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ucp.lang.ast import Capture, Comments, In, MeshAxes, On, Pattern, Program, Rule, Side, Sizes, Statement
 from ucp.lang.draft_dims import Dims, hidden_size
 from ucp.lang.draft_marks import marks
-from ucp.lang.draft_names import Family, dotted, with_cut
+from ucp.lang.draft_names import Family, complete, dotted, with_cut
 from ucp.lang.draft_states import states
 from ucp.lang.draft_tensor import Tensor
 from ucp.lang.held import Held
@@ -95,10 +95,12 @@ def _target(tensor: Tensor, names: tuple[str, ...], bare: bool, taken: set[str])
     said = next((one for one in tensor.known if one.plain), None)
     if said is None or said.target is None or said.order is None or bare or _splits(tensor):
         return own, None
+    stacked = any(isinstance(one, str) for one in said.order)
+    if stacked and not complete(tensor.family):
+        return own, None
     if describe(said.target) in taken and describe(said.target) != describe(own):
         return own, None
     taken.add(describe(said.target))
-    stacked = any(isinstance(one, str) for one in said.order)
     exprs: list[Expr] = [Dim(names[one] if isinstance(one, int) else one) for one in said.order]
     return said.target, Layout(tuple(exprs)) if stacked else None
 
