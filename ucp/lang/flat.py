@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -155,6 +155,12 @@ def flatten(program: Program) -> Flat:
         _all(Tie, rest),
         _all(Pack, rest),
     )
+
+
+def exclusive(first: Sequence[Condition], second: Sequence[Condition]) -> bool:
+    """Whether two lists of conditions can never hold together."""
+    wanted = {condition.flag: condition.wanted for condition in first}
+    return any(wanted.get(condition.flag, condition.wanted) != condition.wanted for condition in second)
 
 
 def _all(kind: type[_Kind], statements: list[Statement]) -> tuple[_Kind, ...]:

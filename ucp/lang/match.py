@@ -15,7 +15,8 @@ from ucp.lang.ast import Capture, Computed, Pattern, Wild
 Values = Mapping[str, int | str]
 """Captured values by name: numbers where the capture is one, else a dotted component."""
 
-_NUMBER = "(?:0|[1-9][0-9]*)"
+_NUMBER = "(?:0|[1-9][0-9]{0,17})"
+"""As many digits as the language's numbers have."""
 _COMPUTED = "__computed_"
 _DIGITS = re.compile("[0-9]+")
 
@@ -133,11 +134,12 @@ def _regex(pattern: Pattern, numbers: frozenset[str], *, bare: bool = False) -> 
     """A regular expression; with `bare`, one for names whose numbers are all ``#``."""
     text, places = "", 0
     seen: set[str] = set()
+    passed: list[str] = []
     for part in pattern.parts:
         if isinstance(part, str):
             text += re.escape(_DIGITS.sub("#", part) if bare else part)
         elif isinstance(part, Wild):
-            text += ".*"
+            passed, text = [*passed, text], ""
         elif isinstance(part, Computed):
             text += "#" if bare else f"(?P<{_COMPUTED}{places}>{_NUMBER})"
             places += 1
@@ -147,4 +149,7 @@ def _regex(pattern: Pattern, numbers: frozenset[str], *, bare: bool = False) -> 
             inner = _NUMBER if part.name in numbers else "[^.]+"
             text += f"(?P={part.name})" if part.name in seen else f"(?P<{part.name}>{inner})"
             seen.add(part.name)
-    return text
+    # What stands between two wild parts is taken where it is first met: later places gain nothing, and cost much.
+    inner = "".join(f"(?>.*?{between})" for between in passed[1:])
+    found = f"{passed[0]}{inner}.*{text}" if passed else text
+    return re.sub(r"(?:\\?#)+", "#+", found) if bare else found

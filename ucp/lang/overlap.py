@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from ucp.lang.ast import Capture, Computed
 from ucp.lang.match import Matcher
@@ -17,6 +19,43 @@ def both_match(first: Matcher, second: Matcher) -> str | None:
     if not _may(a, b):
         return None
     return _search(a, b)
+
+
+class Nearby:
+    """Patterns met so far, by their dotted components: a few of thousands are compared with a new one."""
+
+    def __init__(self) -> None:
+        self._root: _Node = _Node({}, [])
+
+    def met(self, matcher: Matcher, number: int) -> list[int]:
+        """Numbers of the earlier patterns that might match a name that `matcher` does. Then it is `number` itself."""
+        parts = [_text(component) for component in _components(_tokens(matcher))]
+        nodes = [self._root]
+        for part in parts:
+            nodes = [child for node in nodes for child in node.like(part)]
+        found = [earlier for node in nodes for earlier in node.ending]
+        node = self._root
+        for part in parts:
+            node = node.children.setdefault(part, _Node({}, []))
+        node.ending.append(number)
+        return found
+
+
+class _Node(NamedTuple):
+    """What follows some components; None stands for one that is not all text."""
+
+    children: dict[str | None, _Node]
+    ending: list[int]
+
+    def like(self, part: str | None) -> Iterable[_Node]:
+        if part is None:
+            return self.children.values()
+        return [self.children[key] for key in (part, None) if key in self.children]
+
+
+def _text(component: list[_Token]) -> str | None:
+    text = "".join(character for _, character in component)
+    return text if all(kind == "text" for kind, _ in component) else None
 
 
 def _may(a: list[_Token], b: list[_Token]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn
 
 from ucp.lang.ast import Condition, Factor, Flags, Let, MeshAxes, On, Program, Reduce, Sizes
@@ -13,7 +14,7 @@ from ucp.lang.match import captures
 from ucp.layout.expr import Arith, Dim, Every, Expr, Name, Operation, Pad, Product, Span
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scope:
     """A program under check."""
 
@@ -42,10 +43,11 @@ class Scope:
             self.arithmetic(value.left, leaves=leaves)
             self.arithmetic(value.right, leaves=leaves)
         elif isinstance(value, Name):
-            known = {*self.flat.all_sizes, *self.flat.all_axes, *leaves, *self.captured()}
+            known = {*self.flat.all_sizes, *self.flat.all_axes, *leaves, *self.captured}
             if value.name not in known:
                 self.fail(value.at, "size", f"`{value.name}` is no size and no axis", nearest(value.name, known))
 
+    @cached_property
     def captured(self) -> set[str]:
         """Names of all captures."""
         patterns = (

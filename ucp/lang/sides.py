@@ -91,7 +91,7 @@ def _layouts(scope: Scope, equation: Equation) -> tuple[Layout | None, tuple[Lay
             return None, None
         if len(written) > 1 or written[0] is None:
             scope.fail(equation.at, "dims", "several tensors on the right need a layout on the left")
-        _plain(scope, written[0])
+        _plain(scope, equation, written[0])
         return replace(written[0], dtype=None), (written[0],)
     parts = _guarded(scope, equation, equation.layout)
     if len(parts) != len(written):
@@ -109,7 +109,7 @@ def _layouts(scope: Scope, equation: Equation) -> tuple[Layout | None, tuple[Lay
     )
     for layout in written:
         if layout is not None:
-            _plain(scope, layout)
+            _plain(scope, equation, layout)
     return equation.layout, targets
 
 
@@ -120,9 +120,10 @@ def _guarded(scope: Scope, equation: Equation, layout: Layout) -> tuple[Branch, 
         scope.fail(getattr(error.node, "at", None) or equation.at, "dims", error.message, error.hint)
 
 
-def _plain(scope: Scope, layout: Layout) -> None:
+def _plain(scope: Scope, equation: Equation, layout: Layout) -> None:
     """A logical tensor is whole: no cuts, no padding, one part."""
-    if len(branches_in(layout)) != 1 or any(branch.cuts for branch in branches_in(layout)):
+    found = _guarded(scope, equation, layout)
+    if len(found) != 1 or any(branch.cuts for branch in found):
         scope.fail(layout.at, "dims", "a logical tensor is whole: no cuts, no padding and no `+` on the right")
 
 
@@ -166,7 +167,10 @@ def _leaves(
         _conserved(scope, equation, number, branch, targets, axis_leaves)
     for number, side in enumerate(equation.targets):
         _spelled(scope, equation, side, source_names, source_dims if parts else set(), axis_leaves, number)
-    numbers = cut_names | used_as_dims | (source_names & all_axes) | in_part_of_component(equation.source)
+    numbers = cut_names | used_as_dims | (source_names & all_axes)
+    numbers |= frozenset[str]().union(
+        *(in_part_of_component(name) & source_names for name in (equation.source, *(s.name for s in equation.targets)))
+    )
     return Ready(
         equation,
         layout,
@@ -250,7 +254,7 @@ def _conserved(
 
 
 def _known_dims(scope: Scope, dims: Iterable[Dim]) -> None:
-    known = {*scope.flat.all_sizes, *scope.flat.all_axes, *scope.captured()}
+    known = {*scope.flat.all_sizes, *scope.flat.all_axes, *scope.captured}
     for dim in dims:
         if dim.literal is None and dim.name not in known:
             hint = nearest(dim.name, known) or f"declare it: `size {dim.name}`"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ucp.lang.ast import Capture, Condition, Pack, Pattern
+from ucp.lang.ast import Capture, Pack, Pattern
 from ucp.lang.error import nearest
-from ucp.lang.flat import Equation
+from ucp.lang.flat import exclusive
 from ucp.lang.match import Matcher, captures, computed
-from ucp.lang.overlap import both_match
+from ucp.lang.overlap import Nearby, both_match
+from ucp.lang.plain_names import check_names, check_ties
 from ucp.lang.scope import Scope, aligners, names_of
 from ucp.lang.sides import Ready
 from ucp.lang.solve import cuts_in, dims_in, names_in
@@ -30,11 +31,8 @@ def check_declarations(scope: Scope) -> None:
     _states(scope)
     for pack in flat.packs:
         _pack(scope, pack)
-    for tie in flat.ties:
-        scope.conditions(tie.conditions)
-        for pattern in (tie.alias, tie.name):
-            if captures(pattern):
-                scope.fail(pattern.at, "tie", "a tie names tensors, without captures")
+    check_names(scope)
+    check_ties(scope)
 
 
 def _twice(scope: Scope) -> None:
@@ -114,10 +112,15 @@ def check_overlaps(scope: Scope, rules: Sequence[Ready]) -> None:
     matchers = [
         Matcher.of(ready.equation.source, ready.numbers, _offsets(ready.equation.source, defaults)) for ready in rules
     ]
+    nearby = Nearby()
+    producers: dict[tuple[object, ...], list[int]] = {}
     for b, second in enumerate(rules):
-        for a, first in enumerate(rules[:b]):
-            one, other = first.equation, second.equation
-            if _exclusive(one.conditions, other.conditions) or not (one.imports and other.imports):
+        products = {_shape_of(side.name) for side in second.equation.targets}
+        alike = {a for product in products for a in producers.get(product, ())}
+        for a in sorted({*nearby.met(matchers[b], b), *alike}):
+            one, other = rules[a].equation, second.equation
+            together = (one.imports and other.imports, one.exports and other.exports)
+            if exclusive(one.conditions, other.conditions) or not any(together):
                 continue
             example = both_match(matchers[a], matchers[b])
             if example is not None and all(matchers[i].match(example) is not None for i in (a, b)):
@@ -127,13 +130,15 @@ def check_overlaps(scope: Scope, rules: Sequence[Ready]) -> None:
                     f"`{example}` would match this rule and that of line {one.at[0] if one.at else '?'}",
                     "a tensor belongs to one rule; rules under opposite conditions may share names",
                 )
-            if _same_product(one, other):
+            if a in alike and together[0] and not (one.optional or other.optional):
                 scope.fail(
                     other.at,
                     "cover",
                     f"this rule and that of line {one.at[0] if one.at else '?'} produce the same logical tensor",
                     "make both optional if only one is ever there, or name two tensors and `tie` them",
                 )
+        for product in products:
+            producers.setdefault(product, []).append(b)
 
 
 def _offsets(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -146,18 +151,5 @@ def _offsets(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _same_product(one: Equation, other: Equation) -> bool:
-    if one.optional or other.optional:
-        return False
-    mine = {_shape_of(side.name) for side in one.targets}
-    return any(_shape_of(side.name) in mine for side in other.targets)
-
-
 def _shape_of(pattern: Pattern) -> tuple[object, ...]:
     return tuple(part if isinstance(part, str) else Capture for part in pattern.parts)
-
-
-def _exclusive(first: Sequence[Condition], second: Sequence[Condition]) -> bool:
-    """Whether two lists of conditions can never hold together."""
-    wanted = {condition.flag: condition.wanted for condition in first}
-    return any(wanted.get(condition.flag, condition.wanted) != condition.wanted for condition in second)

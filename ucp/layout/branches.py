@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 from ucp.layout.expr import Concat, Cut, Dim, Every, Expr, Layout, Pad, Product, product
 from ucp.layout.invalid import LayoutError
+
+_MOST_WAYS = 4096
 
 
 class Path(NamedTuple):
@@ -45,6 +48,8 @@ class Branch:
 def branches_in(layout: Layout) -> tuple[Branch, ...]:
     """Branches of `layout` in order, row-major over its concatenations, without those through ``_``."""
     found = []
+    if math.prod(map(_ways, layout.dims)) > _MOST_WAYS:
+        raise LayoutError(f"more than {_MOST_WAYS} choices of parts in one layout", node=layout)
     for choice in itertools.product(*(list(paths(dim)) for dim in layout.dims)):
         way = [path for path in choice if path is not None]
         if len(way) == len(choice):
@@ -54,6 +59,16 @@ def branches_in(layout: Layout) -> tuple[Branch, ...]:
 
 branches = lru_cache(maxsize=4096)(branches_in)
 """`branches_in`, kept. Its nodes may be those of an equal layout elsewhere, so that `at` is not to be trusted."""
+
+
+def _ways(expr: Expr) -> int:
+    """How many ways there are through `expr`, padding included."""
+    match expr:
+        case Product(items=items):
+            return math.prod(map(_ways, items))
+        case Concat(parts=parts):
+            return sum(map(_ways, parts))
+    return 1
 
 
 def paths(expr: Expr) -> Iterator[Path | None]:
