@@ -301,3 +301,16 @@ def test_flags_are_tried_before_a_program_is_said_to_fit() -> None:
     one = parse("format 1\nsize a b c\nflag x\nw [a, c] <-> w when x\nw [b] <-> w unless x\n", file="one.ucp")
     found = draft([Held("w", (4,), "float32")], Mesh({}), programs=[either, one])
     assert found.fits == ("either --flag x=no", "either --flag x=yes", "one")
+
+
+def test_stacks_of_different_depth_count_by_themselves() -> None:
+    shards = {
+        at(pp=rank): {f"{stack}.layers.{n}.w": values(3, seed=9 * rank + n) for stack, n in stacks}
+        for rank, stacks in enumerate(
+            [[("encoder", 0), ("decoder", 0), ("decoder", 1)], [("encoder", 0), ("decoder", 0), ("decoder", 1)]]
+        )
+    }
+    found = drafted(shards, Mesh({"pp": 2}))
+    assert "encoder.layers.{l/pp}.w" in found.text
+    assert "decoder.layers.{l2/pp}.w" in found.text
+    assert len(gather(found.program, shards, mesh=Mesh({"pp": 2}))) == 6

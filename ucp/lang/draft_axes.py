@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ucp.lang.ast import Capture
 from ucp.lang.draft_names import EXPERT, LAYER, Family
 from ucp.lang.held import Held
 from ucp.layout import Shape
@@ -91,11 +92,14 @@ def _counted(family: Family, axis: str, by_name: Mapping[str, Mapping[int, objec
     for name, places in by_name.items():
         for index in places:
             numbers.setdefault(index, set()).add(int(name.split(".")[place]))
-    return wanted if all(seen == set(range(len(seen))) for seen in numbers.values()) else None
+    part = family.components[place]
+    whole = all(seen == set(range(len(seen))) for seen in numbers.values())
+    return part.name if whole and isinstance(part, Capture) else None
 
 
 def _is(part: object, wanted: str | None) -> bool:
-    return getattr(part, "name", None) == wanted
+    """Whether a capture is named for layers or experts: ``l``, ``l2`` and so on."""
+    return wanted is not None and isinstance(part, Capture) and part.name.rstrip("0123456789") == wanted
 
 
 def _within(

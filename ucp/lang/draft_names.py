@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 
 from ucp.lang.ast import Capture, Computed, Pattern, Wild
@@ -14,7 +15,6 @@ from ucp.layout.expr import Cut
 LAYER, EXPERT = "l", "e"
 _LAYERS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks"})
 _EXPERTS = frozenset({"experts", "local_experts", "expert"})
-_OTHERS = "ijkmnpqsuvwxyz"
 
 Part = str | Capture | Computed | Wild
 
@@ -56,7 +56,8 @@ def families(names: Sequence[str]) -> list[Family]:
     for number, name in enumerate(names):
         skeleton = tuple(None if _is_number(part) else part for part in name.split("."))
         groups.setdefault(skeleton, {}).setdefault(name, []).append(number)
-    found = [Family(_components(group), {n: tuple(held) for n, held in group.items()}) for group in groups.values()]
+    named: dict[tuple[str | None, ...], str] = {}
+    found = [Family(_components(group, named), {n: tuple(h) for n, h in group.items()}) for group in groups.values()]
     return _apart(found)
 
 
@@ -80,32 +81,31 @@ def with_cut(family: Family, name: str, axis: str) -> tuple[str | Capture, ...]:
     )
 
 
-def _components(group: Iterable[str]) -> tuple[str | Capture, ...]:
+def _components(group: Iterable[str], named: dict[tuple[str | None, ...], str]) -> tuple[str | Capture, ...]:
+    """`named` are the captures of all families, by what stands before them: each place has a number of its own."""
     split = [name.split(".") for name in group]
-    taken: set[str] = set()
     found: list[str | Capture] = []
     for place, column in enumerate(zip(*split, strict=True)):
         part = column[0]
         before = split[0][place - 1] if place else ""
         listed = before in _LAYERS or before in _EXPERTS
         if _is_number(part) and (listed or len(set(column)) > 1):
-            name = _capture_name(before, taken)
-            taken.add(name)
-            found.append(Capture(name))
+            prefix = tuple(part if isinstance(part, str) else None for part in found)
+            found.append(Capture(named.setdefault(prefix, _capture_name(before, set(named.values())))))
         else:
             found.append(part)
     return tuple(found)
 
 
+def _capture_name(before: str, taken: set[str]) -> str:
+    base = EXPERT if before in _EXPERTS else LAYER if before in _LAYERS or not before else "i"
+    names = (base + (str(n) if n > 1 else "") for n in count(1))
+    return next(name for name in names if name not in taken)
+
+
 def _is_number(text: str) -> bool:
     """Whether a component is a number that comes back as it was: no leading zeros."""
     return text.isascii() and text.isdecimal() and text == str(int(text))
-
-
-def _capture_name(before: str, taken: set[str]) -> str:
-    wanted = EXPERT if before in _EXPERTS else LAYER if before in _LAYERS or not before else ""
-    choices = [wanted, *_OTHERS] if wanted else list(_OTHERS)
-    return next(name for name in choices if name not in taken)
 
 
 def _apart(found: list[Family]) -> list[Family]:
@@ -127,4 +127,5 @@ def complete(family: Family) -> bool:
     """Whether the numbers in the names are all from zero to the largest, in every combination."""
     places = [place for place, part in enumerate(family.components) if isinstance(part, Capture)]
     seen = {tuple(int(name.split(".")[place]) for place in places) for name in family.members}
-    return len(seen) == prod(1 + max(column) for column in zip(*seen, strict=True))
+    wanted: int = prod(1 + max(column) for column in zip(*seen, strict=True))
+    return len(seen) == wanted
