@@ -118,3 +118,10 @@ def test_changelog_fragments_have_a_known_kind() -> None:
     name = re.compile(rf"(?:\d+|\+[a-z0-9-]+)\.(?:{kinds})(?:\.\d+)?\.md")
     files = {path.name for path in (ROOT / "changes").iterdir()} - {"README.md"}
     assert not [file for file in files if not name.fullmatch(file)]
+
+
+def test_every_folder_of_tests_is_a_package() -> None:
+    """Else ``tests/converters/deepspeed`` would be imported as ``deepspeed``, and stand in for the real one."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("*.py")}
+    inner = {above for folder in folders for above in folder.parents if ROOT / "tests" in (above, *above.parents)}
+    assert not [str(folder) for folder in sorted(folders | inner) if not (folder / "__init__.py").exists()]

@@ -9,6 +9,7 @@ from ucp.errors import ConflictError, FitError
 from ucp.lang import parse
 from ucp.lang.arrays import Array, at, gather, scatter
 from ucp.lang.bind import bind
+from ucp.lang.export import export
 from ucp.lang.held import Held
 from ucp.layout import Mesh
 
@@ -273,3 +274,16 @@ def test_casts_are_said_on_both_sides() -> None:
     assert bound.tensors["w", "value"].dtype == "float32"
     with pytest.raises(FitError, match=r"w is float16, but .* says bf16"):
         bind(program, [Held("w", (2,), "float16")], mesh=Mesh({}))
+
+
+def test_a_tensor_that_exists_says_how_far_it_is_padded() -> None:
+    program = parse("format 1\nmesh tp\nsize v h\nw [(v + _)/tp, h] <-> w [v, h]\n")
+    shapes = {"w": (5, 2)}
+    here = {"tp": 1}
+    for rows, held in ((3, 2), (4, 1), (8, 0)):
+        exporter = export(program, shapes, mesh=Mesh({"tp": 2}), job=[Held("w", (rows, 2), "float32", here)])
+        (shard,) = exporter.shards([here])
+        assert shard.shape == (rows, 2)
+        assert [block.block.box.shape for block in shard.blocks] == ([(held, 2)] if held else [])
+    with pytest.raises(FitError, match=r"w at tp 1: .* 4 elements were saved, but 5 are no padding"):
+        list(export(program, shapes, mesh=Mesh({"tp": 2}), job=[Held("w", (2, 2), "float32", here)]).shards([here]))

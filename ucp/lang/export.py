@@ -5,22 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from ucp.errors import FitError, UsageError
 from ucp.lang.ast import Program
 from ucp.lang.check import Checked, Ready, check
-from ucp.lang.choose import holds, offsets
+from ucp.lang.choose import check_open, holds, offsets
 from ucp.lang.error import nearest
 from ucp.lang.held import Held
 from ucp.lang.match import Index, Matcher, captures, describe, spell
 from ucp.lang.numbering import Numbering, Values
-from ucp.lang.recorded import Placements, check_recorded
+from ucp.lang.recorded import Placements, check_recorded, check_sizes
 from ucp.lang.shards import Compiler
 from ucp.lang.solve import Cuts, Numbered, Observation, Solver, require, solve
 from ucp.layout import Mesh, Shape
 from ucp.layout.block import Block, View
 from ucp.layout.expr import Expr
-from ucp.layout.setting import Setting
+from ucp.layout.setting import Setting, check_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Exporter:
     rules: tuple[tuple[Ready, tuple[Values, ...]], ...]
     """Active rules, each with the captured values (over the whole model) of the tensors it makes."""
     compiler: Compiler
+    job: Mapping[tuple[str, tuple[tuple[str, int], ...]], Shape] = field(default_factory=dict)
+    """Shapes of tensors that exist, by name and coordinate: how far they are padded."""
     _made: dict[tuple[int, str, tuple[int | None, ...]], tuple[_Made, ...]] = field(default_factory=dict, repr=False)
     _numbered: dict[int, Numbering] = field(default_factory=dict, repr=False)
 
@@ -72,10 +75,17 @@ class Exporter:
         return _tied(self.checked, self.compiler.flags)
 
     def shards(self, coordinates: Iterable[Mapping[str, int]], *, state: str = "value") -> Iterator[Shard]:
-        """Every shard at each of `coordinates`, in order of rules. FitError where a cut does not come out."""
+        """Every shard at each of `coordinates`, in order of rules.
+
+        FitError where a cut does not come out, and for one name that two rules write.
+        """
         for given in coordinates:
+            written: set[str] = set()
             for ready, tensors in self.rules:
                 for name, shape, blocks, dtype, of in self._held(ready, tensors, given, state):
+                    if name in written:
+                        raise FitError(f"{name} is written twice, last by {self.checked.where(ready.equation)}")
+                    written.add(name)
                     yield Shard(name, shape, given, blocks, dtype, of)
 
     def _held(self, ready: Ready, tensors: Sequence[Values], given: Mapping[str, int], state: str) -> tuple[_Made, ...]:
@@ -109,14 +119,24 @@ class Exporter:
         state: str,
     ) -> _Made:
         name = spell(ready.equation.source, local, offsets(ready.equation, self.setting.sizes))
-        shape, blocks = self.compiler.wanted(ready, values, coordinate, Held(name, (), "", given, state), self.logical)
+        asked = Held(name, self.job.get((name, tuple(sorted(given.items()))), ()), "", given, state)
+        shape, blocks = self.compiler.wanted(ready, values, coordinate, asked, self.logical)
         layout = ready.equation.layout
         found = tuple(Wanted(*item) for item in blocks)
         for wanted in found:
             if self.logical and wanted.name not in self.logical and wanted.name not in self.aliases:
                 raise FitError(f"{name} needs {wanted.name}, and there is no such tensor")
+            self._check_shape(ready, wanted, state)
         of = self.compiler.targets(ready, values)
         return name, shape, found, layout.dtype if layout and state == "value" else None, of
+
+    def _check_shape(self, ready: Ready, wanted: Wanted, state: str) -> None:
+        shape = self.logical.get(wanted.name)
+        if state == "value" and shape is not None and shape != wanted.view.tensor:
+            raise FitError(
+                f"{wanted.name} has shape {list(shape)}, but {self.checked.where(ready.equation)} makes it "
+                f"{list(wanted.view.tensor)}"
+            )
 
 
 def export(
@@ -135,12 +155,13 @@ def export(
     """Make ready to cut the tensors `logical` (names and shapes) as `program` says at `mesh`.
 
     `ties` are aliases that the source has for some of `logical`, by name. `job` are shards that exist already, of one
-    rank or more: their shapes help to find sizes. The rest as in `bind`.
+    rank or more: their shapes help to find sizes, and say how far they are padded. The rest as in `bind`.
 
     FitError for a logical tensor that no rule takes, and for a rule whose logical tensor is missing.
     """
     checked = check(program)
     check_recorded(checked, cuts or {}, placements or {})
+    check_sizes(checked, sizes or {})
     index, places = _index(checked)
     alike = {**logical, **{alias: logical[name] for alias, name in (ties or {}).items()}}
     matched = {name: [(places[i], values) for i, values in index.find(name)] for name in alike}
@@ -163,7 +184,8 @@ def export(
     all_flags = {**chosen, **{axis: n > 1 for axis, n in solver.mesh.items()}}
     rules = tuple(_tensors(checked, solver, matched, all_flags))
     compiler = Compiler(checked, solver, setting, all_flags)
-    return Exporter(checked, solver, setting, chosen, alike, rules, compiler)
+    shapes = {(shard.name, tuple(sorted(shard.coordinate.items()))): shard.shape for shard in job}
+    return Exporter(checked, solver, setting, chosen, alike, rules, compiler, shapes)
 
 
 _Matched = Mapping[str, list[tuple[tuple[int, int], Values]]]
@@ -196,6 +218,7 @@ def _flags(
             raise UsageError(f"{checked.program.file}: no flag {flag!r}", hint=nearest(flag, flat.flags))
     fixed = {**{axis: mesh[axis] > 1 for axis in flat.all_axes}, **flags}
     unknown = [flag for flag in flat.flags if flag not in fixed]
+    check_open(checked, unknown)
     trials = [
         {**fixed, **dict(zip(unknown, values, strict=True))}
         for values in itertools.product((False, True), repeat=len(unknown))
@@ -350,6 +373,7 @@ def _stacked(ready: Ready, solver: Solver, found: Sequence[Values]) -> Iterator[
     """Source numbers that are dims on the right run over their whole size."""
     names = sorted(ready.leaves)
     require(solver, names, describe(ready.equation.source))
+    check_count(prod(solver.value(name) or 0 for name in names), " x ".join(names))
     for values in found:
         for numbers in itertools.product(*(range(solver.value(name) or 0) for name in names)):
             yield {**values, **dict(zip(names, numbers, strict=True))}

@@ -140,8 +140,9 @@ class Compiler:
     ) -> tuple[Shape, list[tuple[str, View, Block]]]:
         """Local shape of a tensor that a rule makes, and the logical name, view and block of each part of it.
 
-        `values` are the captured ones over the whole model. Of `shard` the name and state are looked at, of the shapes
-        of `logical` tensors those that have no layout. The padding is the smallest that fits.
+        `values` are the captured ones over the whole model. Of `shard` the name, state and shape are looked at, of the
+        shapes of `logical` tensors those that have no layout. A shape of ``()`` says nothing: then the padding is the
+        smallest that fits.
         """
         form = self.form(ready, shard)
         if form.layout is None or form.targets is None:
@@ -154,11 +155,15 @@ class Compiler:
         for axis in {*ready.axis_leaves, *form.each}:
             fixed[axis] = self.setting.index(axis, coordinate)
         at = tuple((axis, coordinate.get(axis)) for axis in form.axes)
-        key = ("wanted", ready.equation.number, state, at, tuple(fixed.items()))
+        known_shape = shard.shape if len(shard.shape) == len(form.layout.dims) else ()
+        key = ("wanted", ready.equation.number, state, known_shape, at, tuple(fixed.items()))
         if key not in self._kept:
             names = {n for layout in (form.layout, *form.targets) for dim in layout.dims for n in names_in(dim)}
             require(self.solver, names, str(shard))
             try:
+                pad = None
+                if known_shape:
+                    pad = saved_pads(form.layout, known_shape, setting=self.setting, coordinate=coordinate)
                 self._kept[key] = compile_layout(
                     form.layout,
                     form.targets,
@@ -166,6 +171,7 @@ class Compiler:
                     coordinate=coordinate,
                     fixed=fixed,
                     captured=ready.named,
+                    pad=pad,
                     parts=form.parts,
                 )
             except FitError as error:
@@ -319,6 +325,12 @@ class Compiler:
         if written is not None and WORDS[written] != shard.dtype:
             raise FitError(f"{shard} is {shard.dtype}, but {self.checked.where(ready.equation)} says {written}")
         targets = [side.layout.dtype if side.layout else None for side in ready.equation.targets]
+        odd = next((word for word in targets if word is not None and WORDS[word] != shard.dtype), None)
+        if written is None and odd is not None:
+            raise FitError(
+                f"{shard} is {shard.dtype}, but {self.checked.where(ready.equation)} says {odd} of what it makes",
+                hint="to cast, say the element type on both sides, and `lossy` if digits may be lost",
+            )
         return tuple(shard.dtype if word is None else WORDS[word] for word in targets)
 
 

@@ -83,20 +83,14 @@ def run_load(case: TpCase, root: str, out: Path, *, timeout: float) -> None:
 def _load_alone(rank: int, world: int, case: TpCase, root: str, out: str) -> None:
     import ucp
     from tests.support.model import param_groups
-    from ucp.lang import format_program, from_json, parse
 
     launcher = _launcher(case)
     module = launcher.build_module(case, rank)
     optimizer = torch.optim.AdamW(param_groups(module, groups=2))
     tp = launcher.Group.rank
     strict = case.pp == 1
-    with ucp.open(root) as checkpoint:
-        assert checkpoint.catalog.program is not None
-        text = format_program(from_json(dict(checkpoint.catalog.program.ast)))
-        # A checkpoint says how many rows its own ranks padded to, and not what they rounded up to.
-        program = parse(text.replace("+ _)", f"+ _ align {launcher.DIVISIBLE}*tp)"))
-        place = {"mesh": {"tp": case.tp}, "coordinate": {"tp": tp}}
-        ucp.load((module, optimizer), checkpoint, program=program, strict=strict, **place)
+    place = {"mesh": {"tp": case.tp}, "coordinate": {"tp": tp}}
+    ucp.load((module, optimizer), root, program="source", strict=strict, **place)
     held = {}
     for name, parameter in module.named_parameters():
         states = optimizer.state[parameter]
