@@ -20,7 +20,7 @@ from ucp.lang.flat import flatten
 from ucp.lang.held import Held
 from ucp.lang.match import describe
 from ucp.lang.solve import Cuts
-from ucp.layout import Mesh
+from ucp.layout import Box, Mesh
 from ucp.layout.block import Block, View, linear
 from ucp.layout.region import row_major_strides
 
@@ -65,20 +65,28 @@ def _gathered(bound: Bound, key: tuple[str, str], arrays: Sequence[Array], held:
     pieces = bound.pieces[key]
     dtype = arrays[pieces[0].held].dtype if pieces else np.dtype(np.float32)
     if key in bound.reduces:
-        copies = 1 + max(piece.replica for piece in pieces)
+        terms = 1 + max((piece.term for piece in pieces), default=0)
         total = np.zeros(tensor.shape, np.float64)
-        for piece in pieces:
-            inside(total, tensor.view, piece.block)[...] += shard_part(arrays[piece.held], piece.block)
-        return (total / copies if bound.reduces[key] == "mean" else total).astype(dtype)
+        first: dict[tuple[int, Box], Array] = {}
+        for piece in sorted(pieces, key=lambda piece: piece.replica):
+            part = shard_part(arrays[piece.held], piece.block)
+            if piece.replica == 0:
+                inside(total, tensor.view, piece.block)[...] += part
+            _same_copies(key[0], first.setdefault((piece.term, piece.block.box), part), part, held[piece.held])
+        return (total / terms if bound.reduces[key] == "mean" else total).astype(dtype)
     whole = np.empty(tensor.shape, dtype)
     for piece in sorted(pieces, key=lambda piece: piece.replica):
         part = shard_part(arrays[piece.held], piece.block)
         target = inside(whole, tensor.view, piece.block)
         if piece.replica == 0:
             target[...] = part
-        elif not _same_bits(target, part):
-            raise ConflictError(f"{key[0]}: {held[piece.held]} differs from its other copies")
+        _same_copies(key[0], target, part, held[piece.held])
     return whole
+
+
+def _same_copies(name: str, first: Array, other: Array, held: Held) -> None:
+    if not _same_bits(first, other):
+        raise ConflictError(f"{name}: {held} differs from its other copies")
 
 
 def scatter(

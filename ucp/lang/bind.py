@@ -16,7 +16,7 @@ from ucp.lang.choose import Match, choices, holds, undecided
 from ucp.lang.coverage import Piece, place
 from ucp.lang.held import Held
 from ucp.lang.observe import lengths, numbers
-from ucp.lang.recorded import Placements, check_recorded
+from ucp.lang.recorded import Placements, check_recorded, check_sizes
 from ucp.lang.shards import Compiler, Part
 from ucp.lang.siblings import check_siblings
 from ucp.lang.solve import Cuts, Solver, UnknownSizeError, solve
@@ -89,6 +89,7 @@ def bind(
     """
     checked = check(program)
     check_recorded(checked, cuts or {}, placements or {})
+    check_sizes(checked, sizes or {})
     known = {**checked.defaults, **(config or {}), **(sizes or {})}
     given = _Given(checked, held, mesh, sizes or {}, config or {}, cuts or {}, placements or {})
     names = [shard.name for shard in held]
@@ -288,16 +289,19 @@ def _placed(parts: _Parts, key: Key, tensor: Logical, blocks: Sequence[Found]) -
 def _first_along(parts: _Parts, blocks: Sequence[Found]) -> list[Found]:
     """Copies along the axes of ``any`` are not looked at: only the first of each region is kept along them."""
     kept: dict[tuple[Box, tuple[tuple[str, int], ...]], Found] = {}
+    factors = {factor.axis: factor.parts for factor in parts.checked.flat.factors}
     for number, part in blocks:
         any_axes = part.reduce.axes if part.reduce is not None and part.reduce.kind == "any" else ()
-        rest = tuple(sorted((a, i) for a, i in parts.held[number].coordinate.items() if a not in any_axes))
+        gone = {*factors, *any_axes, *(fine for axis in any_axes for fine in factors.get(axis, ()))}
+        coordinate = parts.solver.coordinate(parts.held[number].coordinate)
+        rest = tuple(sorted((axis, index) for axis, index in coordinate.items() if axis not in gone))
         if part.block is not None:
             kept.setdefault((part.block.box, rest), (number, part))
     return list(kept.values())
 
 
 def _terms(parts: _Parts, key: Key, blocks: Sequence[Found], found: Sequence[Piece]) -> list[Piece]:
-    """The copies that are averaged or added: one for each coordinate of the reduced axes, each exactly once.
+    """The copies that are averaged or added: one for each coordinate of the reduced axes, and replicas of each.
 
     FitError where a coordinate is missing: a mean over fewer would be wrong, silently.
     """
@@ -305,17 +309,19 @@ def _terms(parts: _Parts, key: Key, blocks: Sequence[Found], found: Sequence[Pie
     wanted = 1
     for axis in reduce.axes:
         wanted *= parts.solver.mesh[axis]
-    by_region: dict[Box, dict[tuple[int, ...], Piece]] = {}
+    by_region: dict[Box, dict[tuple[int, ...], list[Piece]]] = {}
     for piece in found:
-        at = tuple(parts.held[piece.held].coordinate.get(axis, 0) for axis in reduce.axes)
-        by_region.setdefault(piece.block.box, {}).setdefault(at, piece)
+        coordinate = parts.solver.coordinate(parts.held[piece.held].coordinate)
+        at = tuple(coordinate.get(axis, 0) for axis in reduce.axes)
+        by_region.setdefault(piece.block.box, {}).setdefault(at, []).append(piece)
     terms: list[Piece] = []
     for held in by_region.values():
         if len(held) != wanted:
             raise FitError(
                 f"{key[0]}: a {reduce.kind} over {' '.join(reduce.axes)} needs {wanted} copies, {len(held)} are there"
             )
-        terms.extend(replace(piece, replica=n) for n, piece in enumerate(held.values()))
+        for term, at in enumerate(sorted(held)):
+            terms.extend(replace(piece, replica=n, term=term) for n, piece in enumerate(held[at]))
     return terms
 
 

@@ -64,10 +64,7 @@ def choices(
     fixed = {**{axis: mesh[axis] > 1 for axis in flat.all_axes}, **flags}
     found = _candidates(checked, names, sizes)
     open_flags = [flag for flag in flat.flags if flag not in fixed]
-    if len(open_flags) > _MOST_FLAGS:
-        raise FitError(
-            f"{checked.program.file}: too many flags are not known: {' '.join(open_flags)}", hint=_ask(open_flags)
-        )
+    check_open(checked, open_flags)
     fitting = []
     best: tuple[int, dict[str, bool]] | None = None
     for values in itertools.product((False, True), repeat=len(open_flags)):
@@ -82,6 +79,12 @@ def choices(
         make_error = next(_problems(found, best[1]))
         raise make_error()
     return [(_matches(found, trial), {flag: trial[flag] for flag in flat.flags}) for trial in fitting]
+
+
+def check_open(checked: Checked, flags: Sequence[str]) -> None:
+    """FitError for more flags than can be found by trial."""
+    if len(flags) > _MOST_FLAGS:
+        raise FitError(f"{checked.program.file}: too many flags are not known: {' '.join(flags)}", hint=_ask(flags))
 
 
 def undecided(checked: Checked, fitting: Sequence[Mapping[str, bool]], why: str = "") -> FitError:

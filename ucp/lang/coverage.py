@@ -11,11 +11,15 @@ from ucp.layout.block import Block
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A block of the `held`-th shard. `replica` 0 is the copy to read; the others are equal copies of such."""
+    """A block of the `held`-th shard. `replica` 0 is the copy to read; the others are equal copies of such.
+
+    Of a mean or a sum, `term` numbers what is averaged or added; each has replicas of its own.
+    """
 
     held: int
     block: Block
     replica: int = 0
+    term: int = 0
 
 
 def place(found: Iterable[tuple[int, Block]], shape: Shape) -> tuple[list[Piece], Box | None]:

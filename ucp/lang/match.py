@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ucp.errors import FitError
 from ucp.lang.ast import Capture, Computed, Pattern, Wild
 
 Values = Mapping[str, int | str]
@@ -97,19 +98,25 @@ def computed(pattern: Pattern) -> tuple[Computed, ...]:
 
 
 def spell(pattern: Pattern, values: Values, offsets: Mapping[str, int] | None = None) -> str:
-    """The name that `pattern` makes with `values`, keyed as `Matcher.match` gives them."""
+    """The name that `pattern` makes with `values`, keyed as `Matcher.match` gives them. FitError for a number below 0."""
     text, places = "", 0
     for part in pattern.parts:
         if isinstance(part, str):
             text += part
         elif isinstance(part, Computed):
-            text += str(values[f"={places}"])
+            text += _shown(pattern, values[f"={places}"])
             places += 1
         else:
             assert isinstance(part, Capture), "a name with ** cannot be spelled"
             value = values[part.name]
-            text += str(value + (offsets or {}).get(part.name, 0) if isinstance(value, int) else value)
+            text += _shown(pattern, value + (offsets or {}).get(part.name, 0) if isinstance(value, int) else value)
     return text
+
+
+def _shown(pattern: Pattern, value: int | str) -> str:
+    if isinstance(value, int) and value < 0:
+        raise FitError(f"{describe(pattern)}: a number in the name comes out as {value}")
+    return str(value)
 
 
 def describe(pattern: Pattern) -> str:

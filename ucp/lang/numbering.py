@@ -13,7 +13,7 @@ from ucp.lang.match import captures, computed, describe
 from ucp.lang.solve import Solver
 from ucp.lang.sums import evaluate
 from ucp.layout.expr import Dim
-from ucp.layout.setting import Setting
+from ucp.layout.setting import Setting, check_count
 
 Values = dict[str, int | str]
 
@@ -57,6 +57,7 @@ class Numbering:
 def _numbers(capture: Capture, coordinate: Mapping[str, int], setting: Setting) -> Iterator[tuple[int, int]]:
     """The numbers that a coordinate holds, over the whole model, and what it calls them."""
     runs = setting.runs(capture.name, capture.cuts, setting.size(Dim(capture.name)), coordinate)
+    check_count(sum(count for _, count in runs), capture.name)
     held = itertools.chain.from_iterable(range(start, start + count) for start, count in runs)
     return ((whole, local) for local, whole in enumerate(held))
 

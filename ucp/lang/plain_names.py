@@ -37,8 +37,9 @@ def _apart(scope: Scope, pattern: Pattern) -> None:
 
 def _dropped(scope: Scope, pattern: Pattern) -> None:
     found = captures(pattern)
-    for part in (*computed(pattern), *(capture for capture in found if capture.cuts or capture.offset)):
-        scope.fail(part.at, "name", "a drop captures plainly: nothing is cut, added or computed", "`{x}` or `**`")
+    plain = not computed(pattern) and not any(capture.cuts or capture.offset for capture in found)
+    if not plain:
+        scope.fail(pattern.at, "name", "a drop captures plainly: nothing is cut, added or computed", "`{x}` or `**`")
     wild = [part for part in pattern.parts if isinstance(part, Wild)]
     if len(wild) > 1 and len({capture.name for capture in found}) < len(found):
         scope.fail(pattern.at, "name", "a capture twice in a name with several `**`", "write `**` for it")

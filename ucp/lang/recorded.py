@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ucp.errors import FitError
+from ucp.errors import FitError, UsageError
 from ucp.lang.check import Checked
 from ucp.lang.error import nearest
 from ucp.lang.match import captures
@@ -28,6 +28,15 @@ def check_recorded(checked: Checked, cuts: Cuts, placements: Placements) -> None
     for name, axis in placements:
         if (name, axis) not in placed:
             raise _unknown(checked, f"{name}@{axis}", "placement", {(n, (f"@{a}",)) for n, a in placed})
+
+
+def check_sizes(checked: Checked, sizes: Iterable[str]) -> None:
+    """UsageError for a given size that the program does not have."""
+    patterns = (name for eq in checked.flat.equations for name in (eq.source, *(side.name for side in eq.targets)))
+    known = {*checked.flat.all_sizes, *(capture.name for pattern in patterns for capture in captures(pattern))}
+    for name in sizes:
+        if name not in known:
+            raise UsageError(f"{checked.program.file}: no size {name!r}", hint=nearest(name, known))
 
 
 def _unknown(checked: Checked, text: str, what: str, known: set[tuple[str, tuple[str, ...]]]) -> FitError:

@@ -89,18 +89,20 @@ def _counted(checked: Checked, members: list[_Member], sizes: Mapping[str, int])
         seen.setdefault((), {})
     if capture not in sizes:
         return
-    wanted = {str(number) for number in range(sizes[capture])}
     for before, names in seen.items():
-        extra = [name for value, name in names.items() if value not in wanted]
-        missing = sorted(wanted - names.keys(), key=int)
-        if extra or missing:
-            problem = (
-                f"{extra[0]} is there" if extra else f"there is none of {_name(members[0], (*before, missing[0]))}"
-            )
+        extra = [name for value, name in names.items() if not _counts(value, sizes[capture])]
+        # The first gap is at most as far as there are names, whatever a configuration says.
+        gap = next((n for n in range(sizes[capture]) if str(n) not in names), None)
+        if extra or gap is not None:
+            problem = f"{extra[0]} is there" if extra else f"there is none of {_name(members[0], (*before, str(gap)))}"
             raise FitError(
                 f"{checked.program.file}: {capture} is {sizes[capture]}, but {problem}",
                 hint="tensors of whole layers are missing, or the configuration is of another model",
             )
+
+
+def _counts(value: str, size: int) -> bool:
+    return value.isdecimal() and str(int(value)) == value and int(value) < size
 
 
 def _stacks(checked: Checked, ready: Ready, produced: Collection[str], sizes: Mapping[str, int]) -> None:

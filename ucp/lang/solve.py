@@ -89,6 +89,7 @@ class Solver:
         for factor in self.flat.factors:
             index = found.get(factor.axis)
             if index is not None:
+                require(self, factor.parts, f"axis {factor.axis} = {' * '.join(factor.parts)}")
                 for part in reversed(factor.parts):
                     index, found[part] = divmod(index, self.mesh[part])
         return found
@@ -350,6 +351,8 @@ def _factor(solver: Solver, axis: str, parts: Sequence[str]) -> bool:
     whole = solver.mesh[axis]
     known = {part: solver.mesh.get(part, solver.sizes.get(part)) for part in parts}
     held = prod(n for n in known.values() if n is not None)
+    if not held:
+        raise FitError(f"axis {axis} has a factor of no ranks: {' '.join(part for part, n in known.items() if n == 0)}")
     unknown = [part for part, n in known.items() if n is None]
     if whole % held or (not unknown and held != whole):
         shown = " * ".join(f"{part} {n}" for part, n in known.items() if n is not None)

@@ -7,6 +7,7 @@ coordinate of it. Work and result grow with the number of blocks, never with the
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ from ucp.layout.invalid import LayoutError
 from ucp.layout.pads import Pads, count_pads, smallest
 from ucp.layout.pieces import Content, Holder, Piece, content
 from ucp.layout.region import Box, Shape
-from ucp.layout.setting import Setting
+from ucp.layout.setting import Setting, check_count
 
 __all__ = ["Compiled", "LayoutError", "Placed", "Setting", "compile_layout", "globalize", "local_shape"]
 
@@ -201,6 +202,7 @@ def _blocks(pieces: Sequence[Sequence[Piece]], leaves: Sequence[str], named: Seq
             yield Placed(block)
             continue
         stacked = [where[name] for name in named]
+        check_count(math.prod(leaf.size for _, leaf in stacked), " x ".join(named))
         for values in itertools.product(*(range(leaf.size) for _, leaf in stacked)):
             moved = list(start)
             for value, (dim, leaf) in zip(values, stacked, strict=True):

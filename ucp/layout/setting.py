@@ -13,6 +13,7 @@ from ucp.layout.invalid import LayoutError
 from ucp.layout.mesh import Mesh
 
 Axes = tuple[str, ...]
+_MOST_NUMBERED = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +118,14 @@ class Setting:
         return _as_runs(placement[self.index(axis, coordinate)])
 
 
+def check_count(count: int, what: str) -> None:
+    """FitError for more tensors than any model has: a size that is wrong, or meant to take for ever."""
+    if count > _MOST_NUMBERED:
+        raise FitError(
+            f"{what}: {count} tensors, more than {_MOST_NUMBERED}", hint="a size or a number in a name is wrong"
+        )
+
+
 def calculate(op: str, left: int, right: int, node: Operation | None = None) -> int:
     """``left op right`` on whole numbers; LayoutError for a division with a remainder or by zero."""
     match op:
@@ -191,16 +200,16 @@ def _check_placement(placement: Mapping[int, tuple[int, ...]], name: str, axis: 
     where = f"recorded placement of `{name}` over `{axis}`"
     if set(placement) != set(range(degree)):
         raise FitError(f"{where}: it tells of ranks {sorted(placement)}, but `{axis}` has {degree}")
-    held = bytearray(length)
+    held = set[int]()
     for rank, indices in sorted(placement.items()):
         if len(set(indices)) < len(indices):
             raise FitError(f"{where}: rank {rank} holds an index twice")
         for index in indices:
             if not 0 <= index < length:
                 raise FitError(f"{where}: rank {rank} holds index {index}, but `{name}` has {length}")
-            held[index] = 1
-    if 0 in held:
-        raise FitError(f"{where}: no rank holds index {held.index(0)}")
+        held.update(indices)
+    if len(held) < length:
+        raise FitError(f"{where}: no rank holds index {next(n for n in range(length) if n not in held)}")
 
 
 def _uneven(name: str, axes: Axes, length: int, degrees: Sequence[int]) -> FitError:

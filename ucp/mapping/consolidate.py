@@ -142,7 +142,7 @@ class _Consolidation:
             number, source = self.shards.origin[piece.held]
             _check_cast(key, self.shards.held[piece.held].dtype, spec.dtype)
             held = self.parts[number][1].fragments[source]
-            found += list(self._composed(piece, held, reduced=key in self.bound.reduces))
+            found += list(self._composed(piece, held))
         return tuple(found)
 
     def witnesses(self) -> dict[str, tuple[TensorSpec, tuple[Fragment, ...]]]:
@@ -172,7 +172,7 @@ class _Consolidation:
             return None
         return TensorSpec(self.bound.tensors[key].shape, dtypes.pop()), tuple(fragments)
 
-    def _composed(self, piece: Piece, fragments: Sequence[Fragment], *, reduced: bool = False) -> Iterator[Fragment]:
+    def _composed(self, piece: Piece, fragments: Sequence[Fragment]) -> Iterator[Fragment]:
         """`fragments` of a shard inside a piece of it; replicas of a replica get numbers of their own."""
         number, source = self.shards.origin[piece.held]
         catalog, shape = self.parts[number][1], self.shards.held[piece.held].shape
@@ -181,10 +181,9 @@ class _Consolidation:
         numbers = 1 + max((fragment.replica for fragment in fragments), default=0)
         view = catalog.views.get(source)
         for fragment in fragments:
-            first = 0 if reduced else piece.replica * numbers
-            replica, term = first + fragment.replica, piece.replica if reduced else 0
+            replica = piece.replica * numbers + fragment.replica
             for plain in [fragment] if view is None else spelled_out(fragment, view):
-                yield from compose(plain, piece.block, shape, replica=replica, term=term)
+                yield from compose(plain, piece.block, shape, replica=replica, term=piece.term)
 
     def notes(self) -> Iterator[str]:
         """What the program left out, and what is no longer what any rank held."""
