@@ -59,13 +59,15 @@ class Sharded:
     """A checkpoint as the coordinates of a mesh hold it, before a conversion program puts its tensors together.
 
     `parts` are (coordinate, catalog of what is held there), all of one store; axes left out of a coordinate are not
-    distinguished. `config` gives sizes of the model as the source records them; `cuts` and `placements` are recorded
+    distinguished. `config` and `flags` are sizes and flags as the source's configuration gives them, whether or not a
+    program knows them; `cuts` and `placements` are recorded
     boundaries and placements, as in `ucp.layout.compile.Setting`.
     """
 
     parts: Sequence[tuple[Mapping[str, int], Catalog]]
     mesh: Mesh
     config: Mapping[str, int] = field(default_factory=dict)
+    flags: Mapping[str, bool] = field(default_factory=dict)
     cuts: Mapping[tuple[str, tuple[str, ...]], tuple[int, ...]] = field(default_factory=dict)
     placements: Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from ucp.catalog import Catalog, Source, Tensor
 from ucp.converter import Sharded
+from ucp.errors import FitError
 from ucp.layout import Mesh, Shape
 from ucp.plan import Fragment, Key, TensorSpec
 from ucp.store import Store
 from ucp.tree import Tree
 
+from .._programs import Known, from_config
 from . import nodes
 from .around import Around, read_around
 from .carried import Part, carried_state
@@ -58,7 +62,25 @@ def read_sharded(store: Store, *, tag: str | None, frozen: Sequence[str]) -> Sha
     options = {name: value for name, value in (("tag", tag), ("frozen", tuple(frozen))) if value}
     catalogs = [_catalog(store, part, around if not part.save.tp else Around(), state, options) for part in parts]
     mesh = Mesh({**dict(saves[0].mesh.axes), "tp": len(saves)})
-    return Sharded([({"tp": part.save.tp}, catalog) for part, catalog in zip(parts, catalogs, strict=True)], mesh)
+    known = _configured(around)
+    return Sharded(
+        [({"tp": part.save.tp}, catalog) for part, catalog in zip(parts, catalogs, strict=True)],
+        mesh,
+        config=known.sizes,
+        flags=known.flags,
+    )
+
+
+def _configured(around: Around) -> Known:
+    """Sizes and flags that a ``config.json`` of Hugging Face gives, where Trainer put one beside the checkpoint."""
+    text = around.state.get("config.json")
+    with suppress(ValueError, FitError):
+        config = json.loads(text) if isinstance(text, str | bytes) else None
+        if isinstance(config, dict):
+            known = from_config(config)
+            # How a module names its tensors is a matter of the transformers version, and names show it.
+            return replace(known, flags={name: value for name, value in known.flags.items() if name != "in_memory"})
+    return Known("")
 
 
 def _read_part(store: Store, save: Save, comparison: Comparison, frozen: Sequence[str]) -> Part:

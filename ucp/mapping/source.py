@@ -10,6 +10,7 @@ from ucp.catalog import Catalog
 from ucp.converter import read_catalog, read_sharded
 from ucp.errors import UsageError
 from ucp.lang import Program, load_program
+from ucp.lang.ast import Flags
 from ucp.mapping.consolidate import consolidate
 from ucp.store import Store
 
@@ -43,11 +44,17 @@ def read_source(
         mesh=sharded.mesh,
         sizes=sizes,
         config=sharded.config,
-        flags=flags,
+        flags={**_known(found, sharded.flags), **(flags or {})},
         cuts=sharded.cuts,
         placements=sharded.placements,
     )
     return catalog, store
+
+
+def _known(program: Program, flags: Mapping[str, bool]) -> dict[str, bool]:
+    """Those of a configuration's flags that the program has."""
+    declared = {name for one in program.statements if isinstance(one, Flags) for name in one.names}
+    return {name: value for name, value in flags.items() if name in declared}
 
 
 def as_program(program: ProgramLike) -> Program:

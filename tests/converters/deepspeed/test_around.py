@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ucp
 from tests.converters.deepspeed.fake import Fake, Written, write
 from tests.converters.deepspeed.oracle import read_witness
 from ucp.catalog import Catalog
 from ucp.converters.deepspeed import CONVERTER
+from ucp.errors import FitError
 from ucp.store import open_store
 
 FAKE = Fake([{"w": (5, 3), "b": (3,)}], stage=3)
@@ -85,3 +88,40 @@ def test_weights_that_someone_extracted_into_a_save_root_are_not_compared(tmp_pa
     (tmp_path / "latest").write_text("global_step5")
     torch.save(written.low, tmp_path / "pytorch_model.bin")
     assert not read(tmp_path).witnesses
+
+
+GPT2 = {
+    "transformer.wte.weight": (7, 4),
+    "transformer.wpe.weight": (5, 4),
+    "transformer.ln_f.weight": (4,),
+    "transformer.ln_f.bias": (4,),
+    **{f"transformer.h.0.{norm}.{kind}": (4,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")},
+    "transformer.h.0.attn.c_attn.weight": (4, 12),
+    "transformer.h.0.attn.c_attn.bias": (12,),
+    "transformer.h.0.attn.c_proj.weight": (4, 4),
+    "transformer.h.0.attn.c_proj.bias": (4,),
+    "transformer.h.0.mlp.c_fc.weight": (4, 6),
+    "transformer.h.0.mlp.c_fc.bias": (6,),
+    "transformer.h.0.mlp.c_proj.weight": (6, 4),
+    "transformer.h.0.mlp.c_proj.bias": (4,),
+}
+
+
+def test_a_configuration_beside_it_answers_what_a_program_asks(tmp_path: Path) -> None:
+    written = write(Fake([GPT2], stage=1), tmp_path / "global_step5")
+    (tmp_path / "latest").write_text("global_step5")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 5}')
+    with pytest.raises(FitError, match="cannot be told"):
+        ucp.open(tmp_path, program="hf_gpt2")
+    config = {"model_type": "gpt2", "n_head": 2, "n_embd": 4, "n_layer": 1, "vocab_size": 7, "n_inner": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with ucp.open(tmp_path, program="hf_gpt2") as checkpoint:
+        fused = written.states["transformer.h.0.attn.c_attn.weight"]["value"]
+        assert torch.equal(checkpoint["layers.0.attn.k.weight"]["value"][...], fused[:, 4:8].T)
+        assert checkpoint.ties == {"lm_head.weight": "embed.weight"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 2}))
+    with pytest.raises(FitError, match="layers"):
+        ucp.open(tmp_path, program="hf_gpt2")
+    (tmp_path / "config.json").write_text('{"model_type": "unheard of"')
+    with pytest.raises(FitError, match="cannot be told"):
+        ucp.open(tmp_path, program="hf_gpt2")
