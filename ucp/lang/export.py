@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 from ucp.errors import FitError, UsageError
-from ucp.lang.ast import Program
+from ucp.lang.ast import Pattern, Program
 from ucp.lang.check import Checked, Ready, check
 from ucp.lang.choose import check_open, holds, offsets
 from ucp.lang.error import nearest
+from ucp.lang.flat import Equation
 from ucp.lang.held import Held
 from ucp.lang.match import Index, Matcher, captures, describe, spell
 from ucp.lang.numbering import Numbering, Values
@@ -226,7 +228,8 @@ def _flags(
     fitting = [trial for trial in trials if next(_problems(checked, matched, trial, ties), None) is None]
     if not fitting:
         best = min(trials, key=lambda trial: sum(1 for _ in _problems(checked, matched, trial, ties)))
-        raise next(_problems(checked, matched, best, ties))
+        make_error = next(_problems(checked, matched, best, ties))
+        raise make_error()
     if len(fitting) > 1:
         fitting = [trial for trial in fitting if _tied(checked, trial).keys() >= ties.keys()] or fitting
     if len(fitting) > 1:
@@ -248,7 +251,8 @@ def _tied(checked: Checked, flags: Mapping[str, bool]) -> dict[str, str]:
 
 def _problems(
     checked: Checked, matched: _Matched, flags: Mapping[str, bool], ties: Mapping[str, str]
-) -> Iterator[FitError]:
+) -> Iterator[Callable[[], FitError]]:
+    """What is wrong under `flags`: makers of errors, since hints cost more than finding out."""
     active = {
         ready.equation.number
         for ready in checked.rules
@@ -258,20 +262,32 @@ def _problems(
     tied = _tied(checked, flags)
     for name, found in matched.items():
         if name in tied and name not in ties:
-            yield FitError(f"{name} is a tensor of its own, but the program ties it to {tied[name]}")
+            yield partial(_own, name, tied[name])
         elif not any(rule in active for (rule, _), _ in found) and name not in tied and name not in ties:
-            known = [describe(side.name) for ready in checked.rules for side in ready.equation.targets]
-            yield FitError(f"{name}: no rule of {checked.program.file} writes it", hint=nearest(name, known))
+            yield partial(_unwritten, checked, name)
     for ready in checked.rules:
         equation = ready.equation
         if equation.number not in active or equation.optional:
             continue
         for k, side in enumerate(equation.targets):
             if (equation.number, k) not in used and tied.get(describe(side.name)) not in matched:
-                yield FitError(
-                    f"{checked.where(equation)} needs {describe(side.name)}, and there is no such tensor",
-                    hint="a rule that may find nothing ends with `optional`",
-                )
+                yield partial(_needed, checked, equation, side.name)
+
+
+def _own(alias: str, name: str) -> FitError:
+    return FitError(f"{alias} is a tensor of its own, but the program ties it to {name}")
+
+
+def _unwritten(checked: Checked, name: str) -> FitError:
+    known = [describe(side.name) for ready in checked.rules for side in ready.equation.targets]
+    return FitError(f"{name}: no rule of {checked.program.file} writes it", hint=nearest(name, known))
+
+
+def _needed(checked: Checked, equation: Equation, name: Pattern) -> FitError:
+    return FitError(
+        f"{checked.where(equation)} needs {describe(name)}, and there is no such tensor",
+        hint="a rule that may find nothing ends with `optional`",
+    )
 
 
 def _lengths(checked: Checked, matched: _Matched, logical: Mapping[str, Shape]) -> list[Observation]:
