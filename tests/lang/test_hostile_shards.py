@@ -83,7 +83,7 @@ def test_a_size_that_the_program_does_not_have(name: str) -> None:
 
 
 def test_an_element_type_on_the_right_alone_is_no_cast() -> None:
-    with pytest.raises(FitError, match="w is float32, but .* says bf16"):
+    with pytest.raises(FitError, match=r"w is float32, but .* says bf16"):
         bind(program("size a", "w [a] <-> w bf16[a]"), [Held("w", (4,), "float32")], mesh=Mesh({}))
 
 

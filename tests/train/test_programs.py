@@ -72,6 +72,19 @@ def test_a_rank_may_hold_padding_only(tmp_path):
         assert optimizer.state[module.embed]["step"].item() == 3
 
 
+@pytest.mark.parametrize("layout", ["w [a/tp, h] <-> w [a, h]", "w [h, a/tp] <-> w [a, h]"])
+def test_a_tensor_without_elements(tmp_path, layout):
+    ckpt = Checkpoint(*make(str(tmp_path), {"w": {"value": torch.zeros(0, 3)}, "b": {"value": torch.arange(3.0)}}))
+    module = nn.Module()
+    module.w, module.b = (
+        nn.Parameter(torch.zeros(0, 3) if "[a" in layout[:4] else torch.zeros(3, 0)),
+        nn.Parameter(torch.zeros(3)),
+    )
+    program = parse(f"format 1\nmesh tp\nsize a h\n{layout}\nb [h] <-> b [h]")
+    ucp.load(module, ckpt, program=program, mesh={"tp": 2}, coordinate={"tp": 1})
+    assert module.b.tolist() == [0, 1, 2]
+
+
 def test_values_are_cast(tmp_path):
     place = {"tp": 2, "pp": 1, "tp_rank": 0, "pp_rank": 0}
     stage = Stage(**place, dtype=torch.bfloat16)

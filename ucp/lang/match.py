@@ -98,7 +98,10 @@ def computed(pattern: Pattern) -> tuple[Computed, ...]:
 
 
 def spell(pattern: Pattern, values: Values, offsets: Mapping[str, int] | None = None) -> str:
-    """The name that `pattern` makes with `values`, keyed as `Matcher.match` gives them. FitError for a number below 0."""
+    """The name that `pattern` makes with `values`, keyed as `Matcher.match` gives them.
+
+    FitError for a number below zero.
+    """
     text, places = "", 0
     for part in pattern.parts:
         if isinstance(part, str):

@@ -71,10 +71,14 @@ class Shares:
             covers = [self._cover(other.blocks[number], state) for other in others]
             differing = tuple(other for other in covers if other.key != cover.key)
             fills.append(Fill(tensor, cover, differing, Share(wanted.view, wanted.block)))
-        return fills or [_nothing(tensor, self._cover(self._sibling(name), state))]
+        return fills or [_nothing(tensor, self._any_cover(name, state))]
 
-    def _sibling(self, name: str) -> Wanted:
-        return self.shards[Key(name, "")].blocks[0]
+    def _any_cover(self, name: str, state: str) -> Cover:
+        """That of a logical tensor of which this rank holds nothing."""
+        elsewhere = self.shards.get(Key(name, ""))
+        if elsewhere is not None:
+            return self._cover(elsewhere.blocks[0], state)
+        return self.source.cover(self.holder(self.shards[Key(name, "value")].tensors[0]), state)
 
     def _cover(self, wanted: Wanted, state: str) -> Cover:
         cover = self.source.cover(self.holder(wanted.name), state)
@@ -205,7 +209,10 @@ class _Sharing:
     def _logical(self, name: str) -> list[str]:
         """The logical tensors that a tensor of the job is made of."""
         shard = self.shards.get(Key(name, "")) or self.shards[Key(name, "value")]
-        return list(dict.fromkeys(self.holder(wanted.name) for wanted in shard.blocks))
+        names = [wanted.name for wanted in shard.blocks] or shard.tensors
+        if not names:
+            raise FitError(f"{name}: has no elements, which leaves open what it would be made of")
+        return list(dict.fromkeys(map(self.holder, names)))
 
     def _has(self, name: str, state: str) -> bool:
         """Whether the checkpoint holds `state`; FitError if only of some parts of the tensor."""
