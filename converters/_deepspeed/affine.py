@@ -29,7 +29,7 @@ def from_affine(entry: Tree, shapes: Sequence[Shape], where: str) -> Whole | Alo
     tree = nodes.mapping(entry, where)
     whole = nodes.shape(tree.get("logical_shape"), f"{where}: logical_shape")
     ranks = nodes.mapping(tree.get("ranks"), f"{where}: ranks")
-    if sorted(ranks) != list(range(len(shapes))):
+    if set(ranks) != set(range(len(shapes))):
         raise CorruptError(f"{where}: describes ranks {sorted(map(str, ranks))}, there are {len(shapes)}")
     if all(shape == whole for shape in shapes) and all(_is_copy(ranks[r], whole, where) for r in range(len(shapes))):
         return Whole()

@@ -17,6 +17,8 @@ from ucp.errors import FitError
 _MOST_CHARACTERS = 4096
 _MOST_DEPTH = 50
 _MOST_WORK = 1_000_000
+_MOST_LIST_WORK = 20_000_000
+"""What all patterns of a list may cost over all names: some ten patterns of some ten thousand names cost a half."""
 
 _CLASSES: dict[str, Callable[[str], bool]] = {
     "d": str.isdecimal,
@@ -292,6 +294,7 @@ class Patterns:
     used: set[str] = field(default_factory=set)
     _names: dict[str, list[str]] = field(default_factory=dict)
     _nodes: list[tuple[str, _Node]] = field(default_factory=list)
+    _left: int = _MOST_LIST_WORK
 
     @classmethod
     def of(cls, listed: Iterable[str]) -> Patterns:
@@ -310,8 +313,15 @@ class Patterns:
         """The patterns that match at the start of `name`, as ``re.match`` does; they count as used."""
         found = [*self._names.get(name, ()), *self._names.get(name.removesuffix("\n"), ())]
         found = list(dict.fromkeys(found))
-        found += [pattern for pattern, node in self._nodes if _Matcher(pattern, name).ends(node, frozenset({0}))]
+        found += [pattern for pattern, node in self._nodes if self._matches(pattern, node, name)]
         self.used.update(found)
+        return found
+
+    def _matches(self, pattern: str, node: _Node, name: str) -> bool:
+        matcher = _Matcher(pattern, name, min(_MOST_WORK, self._left))
+        before = matcher.left
+        found = bool(matcher.ends(node, frozenset({0})))
+        self._left -= before - matcher.left
         return found
 
     @property

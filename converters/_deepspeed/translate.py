@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from ucp.errors import FitError
 from ucp.lang.ast import Capture, MeshAxes, Pattern, Program, Reduce, Rule, Side, Sizes, State, Statement
 from ucp.layout import Shape
 from ucp.layout.expr import Concat, Cut, Dim, Expr, Layout, Pad, Product
@@ -24,6 +25,7 @@ from .info import Parameter
 AXIS = "tp"
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _PREFIXES = ("rows", "cols")
+_MOST_BLOCKS = 1 << 22
 
 
 @dataclass(slots=True)
@@ -181,6 +183,11 @@ class _Dims:
 
     def _placed(self, cut: Along) -> Dim:
         unit = cut.unit
+        if cut.size // unit > _MOST_BLOCKS:
+            raise FitError(
+                f"a dim of {cut.size} is cut into {cut.size // unit} blocks, more than {_MOST_BLOCKS}",
+                hint="the metadata describes another model, or give program=",
+            )
         blocks = {
             rank: tuple(i for start, length in held for i in range(start // unit, (start + length) // unit))
             for rank, held in enumerate(cut.runs)

@@ -108,3 +108,12 @@ def test_what_cannot_be_followed_is_refused(pattern: str) -> None:
     with pytest.raises(FitError, match="the pattern") as caught:
         Patterns.of([pattern])
     assert "program=" in (caught.value.hint or "")
+
+
+def test_a_list_has_one_budget_for_all_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many names, each of which takes a pattern less work than is too much, still come to an end."""
+    listed = Patterns.of(["a.*b.*c"])
+    monkeypatch.setattr(listed, "_left", 2000)
+    assert listed.matching("axxbxxc") == ["a.*b.*c"]
+    with pytest.raises(FitError, match="too much work"):
+        [listed.matching(f"axxb{number}") for number in range(1000)]

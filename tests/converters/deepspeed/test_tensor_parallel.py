@@ -401,6 +401,19 @@ def test_whatever_the_metadata_holds_the_error_is_typed(data: st.DataObject) -> 
         joined(info, {"w": cut(whole(4, 2), 0)})
 
 
+def test_ranks_of_different_types_are_no_ranks() -> None:
+    with pytest.raises(CorruptError, match="describes ranks"):
+        from_affine({"logical_shape": [8, 4], "ranks": {"0": {}, 1: {}}}, [(4, 4), (4, 4)], "map")
+
+
+def test_more_blocks_than_can_be_listed() -> None:
+    shards = {"w": [np.broadcast_to(np.float32(0), (10**8 + 1, 4)), np.broadcast_to(np.float32(0), (3, 4))]}
+    subs = [{"patterns": ["w"], "shape": [[3, 10**8 + 1], 4], "partition_dim": 0}]
+    info = {"parameter_with_sub_params": subs, "sub_param_shard_widths": {"w": [[1, 2], [10**8, 1]]}}
+    with pytest.raises(FitError, match="blocks, more than"):
+        translation(info, shards)
+
+
 def test_cuts_know_their_shape() -> None:
     assert fused(0, [[2, 2], [2, 2]]).parts == 2
     assert fused(0, [[2, 1], [2, 1]]).parts == 2
