@@ -17,7 +17,9 @@ from ucp.catalog import Catalog, ParamGroup, ProgramRecord, Scalar, Source
 from ucp.errors import FitError, UsageError
 from ucp.format.records import ROOT
 from ucp.format.universal import CONVERTER
-from ucp.lang import parse, to_json
+from ucp.lang import from_json, parse, to_json
+from ucp.lang.bind import bind
+from ucp.lang.held import Held
 from ucp.layout import FlatRange, Mesh
 from ucp.plan import TensorSpec
 from ucp.run.gather import read_region
@@ -67,9 +69,18 @@ def test_a_catalog_comes_back(tmp_path: Path) -> None:
     assert set(found.objects) == {entry.path for entry in store.entries()}
 
 
-def test_the_program_is_there_or_not(tmp_path: Path) -> None:
-    assert "program" not in manifest(universal(tmp_path / "without", tensors()))
-    assert CONVERTER.read(LocalStore(str(tmp_path / "without" / "universal"))).program is None
+def test_every_checkpoint_keeps_a_program(tmp_path: Path) -> None:
+    """Where none was needed, one that says that every tensor is itself; older manifests have none."""
+    plain = universal(tmp_path / "without", tensors())
+    found = CONVERTER.read(plain)
+    assert found.program is not None
+    held = [
+        Held(name, spec.shape, spec.dtype, {}, state)
+        for name, tensor in found.tensors.items()
+        for state, spec in tensor.states.items()
+    ]
+    bound = bind(from_json(dict(found.program.ast)), held, mesh=Mesh({}))
+    assert {name for name, _ in bound.tensors} == found.tensors.keys()
     raw = manifest(universal(tmp_path / "with", tensors(), **CHANGES))
     assert raw["program"] == {"ast": PROGRAM.ast, "mesh": [["tp", 2]], "sizes": {"a": 3}, "flags": {"tied": True}}
     assert not problems(MANIFEST, raw)

@@ -17,6 +17,8 @@ from ucp.format import parse
 from ucp.format.documents import Json, canonical
 from ucp.format.records import VERSION, Array, File, Record
 from ucp.format.state import Decoder, Encoder
+from ucp.lang import to_json
+from ucp.lang.identity import identity
 from ucp.layout import Mesh
 from ucp.plan import BLOCK_BYTES
 
@@ -149,7 +151,7 @@ def make_manifest(
         "source": kept.source if kept.source is not None else _source(catalog.source),
         "tensors": [_tensor(record) for record in records],
         "ties": dict(catalog.ties),
-        **({} if catalog.program is None else {"program": _program(catalog.program)}),
+        "program": _program(catalog.program or _plain(catalog)),
         "param_groups": groups,
         "notes": list(catalog.notes),
         "state": list(catalog.state),
@@ -176,6 +178,11 @@ def encode_groups(catalog: Catalog, encoder: Encoder) -> list[Json]:
 def _program(record: ProgramRecord) -> Json:
     mesh = [[name, size] for name, size in record.mesh.axes]
     return {"ast": dict(record.ast), "mesh": mesh, "sizes": dict(record.sizes), "flags": dict(record.flags)}
+
+
+def _plain(catalog: Catalog) -> ProgramRecord:
+    """What says that every tensor is itself, where no program was needed."""
+    return ProgramRecord(to_json(identity(catalog.tensors)), Mesh({}))
 
 
 def _source(source: Source) -> Json:
