@@ -126,3 +126,25 @@ def test_numbers_that_are_far_too_large() -> None:
     stacked = program("size a", "w.{l} [a] <-> w [l, a]")
     with pytest.raises(FitError, match="tensors, more than"):
         export(stacked, {"w": (10**12, 0)}, mesh=Mesh({}))
+
+
+@pytest.mark.parametrize("index", [2, 9, -3])
+def test_a_place_that_the_mesh_does_not_have(index: int) -> None:
+    placed = program("mesh pp", "size a", f"w [a] <-> w [a] on pp {index}")
+    with pytest.raises(FitError, match="`pp` has 2 ranks"):
+        scatter(placed, {"w": array(2)}, mesh=Mesh({"pp": 2}))
+    with pytest.raises(FitError, match="`pp` has 2 ranks"):
+        gather(placed, {at(pp=1): {"w": array(2)}}, mesh=Mesh({"pp": 2}))
+
+
+def test_integers_are_added_exactly_or_not_at_all() -> None:
+    def added(kind: str, number: int, dtype: type) -> list[int]:
+        shards = {at(tp=k): {"w": np.full(2, number, dtype)} for k in range(2)}
+        made = gather(program("mesh tp", "size a", f"w [a] {kind} tp -> w [a]"), shards, mesh=Mesh({"tp": 2}))
+        return list(map(int, made["w"]))
+
+    assert added("sum", 2**53 + 1, np.int64) == [2**54 + 2] * 2
+    with pytest.raises(FitError, match="does not fit in uint8"):
+        added("sum", 200, np.uint8)
+    with pytest.raises(FitError, match="no mean in int64"):
+        added("mean", 3, np.int64)

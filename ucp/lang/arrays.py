@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ucp.errors import ConflictError
+from ucp.errors import ConflictError, FitError
 from ucp.lang.ast import Program
 from ucp.lang.bind import Bound, Placements, bind
 from ucp.lang.export import Shard, export
@@ -66,13 +66,16 @@ def _gathered(bound: Bound, key: tuple[str, str], arrays: Sequence[Array], held:
     dtype = arrays[pieces[0].held].dtype if pieces else np.dtype(np.float32)
     if key in bound.reduces:
         terms = 1 + max((piece.term for piece in pieces), default=0)
-        total = np.zeros(tensor.shape, np.float64)
+        whole_numbers = dtype.kind in "iub"
+        total = np.zeros(tensor.shape, object if whole_numbers else np.float64)
         first: dict[tuple[int, Box], Array] = {}
         for piece in sorted(pieces, key=lambda piece: piece.replica):
             part = shard_part(arrays[piece.held], piece.block)
             if piece.replica == 0:
                 inside(total, tensor.view, piece.block)[...] += part
             _same_copies(key[0], first.setdefault((piece.term, piece.block.box), part), part, held[piece.held])
+        if whole_numbers:
+            return _whole_sum(key[0], total, dtype, bound.reduces[key])
         return (total / terms if bound.reduces[key] == "mean" else total).astype(dtype)
     whole = np.empty(tensor.shape, dtype)
     for piece in sorted(pieces, key=lambda piece: piece.replica):
@@ -82,6 +85,15 @@ def _gathered(bound: Bound, key: tuple[str, str], arrays: Sequence[Array], held:
             target[...] = part
         _same_copies(key[0], target, part, held[piece.held])
     return whole
+
+
+def _whole_sum(name: str, total: Array, dtype: np.dtype[Any], kind: str) -> Array:
+    if kind == "mean":
+        raise FitError(f"{name}: no mean in {dtype}", hint="say `any` in the program if the copies are equal")
+    limits = np.iinfo(np.uint8 if dtype.kind == "b" else dtype)
+    if total.size and not limits.min <= total.min() <= total.max() <= limits.max:
+        raise FitError(f"{name}: the sum of integers does not fit in {dtype}")
+    return total.astype(dtype)
 
 
 def _same_copies(name: str, first: Array, other: Array, held: Held) -> None:

@@ -107,7 +107,7 @@ class Exporter:
     def _elsewhere(self, ready: Ready, coordinate: Mapping[str, int]) -> bool:
         """Whether an ``on`` puts the tensor on another coordinate."""
         return any(
-            self.setting.index(place.axis, coordinate) != place.index % self.setting.degree(place.axis)
+            self.setting.index(place.axis, coordinate) != self.setting.place(place.axis, place.index)
             for place in ready.equation.on
         )
 

@@ -238,7 +238,7 @@ class Compiler:
 
     def _in_place(self, ready: Ready, shard: Held, coordinate: Mapping[str, int]) -> None:
         for place in ready.equation.on:
-            here, wanted = coordinate.get(place.axis), place.index % self.setting.degree(place.axis)
+            here, wanted = coordinate.get(place.axis), self.setting.place(place.axis, place.index)
             if here is not None and here != wanted:
                 raise FitError(
                     f"{shard}: {self.checked.where(ready.equation)} puts it on {place.axis} {wanted} alone",

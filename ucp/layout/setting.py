@@ -68,6 +68,13 @@ class Setting:
             raise FitError(f"index {index} is not on axis `{axis}`, which has {degree} ranks")
         return index
 
+    def place(self, axis: str, index: int) -> int:
+        """Where ``on axis index`` is; negative counts from the last. FitError for more than the axis has."""
+        degree = self.degree(axis)
+        if not -degree <= index < degree:
+            raise FitError(f"`on {axis} {index}`: `{axis}` has {degree} ranks", hint=f"the last one is `on {axis} -1`")
+        return index % degree
+
     def value(self, arith: Arith) -> int:
         """Result of an arithmetic expression; LayoutError for an unknown name or a division with a remainder."""
         match arith:
