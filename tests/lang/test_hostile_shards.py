@@ -148,3 +148,30 @@ def test_integers_are_added_exactly_or_not_at_all() -> None:
         added("sum", 200, np.uint8)
     with pytest.raises(FitError, match="no mean in int64"):
         added("mean", 3, np.int64)
+
+
+def test_a_step_of_experts_that_are_one_tensor() -> None:
+    lines = ("mesh ep", "size a", "experts.{e/ep}.w [a] <-> w [e, a]", "state step : i64[]")
+    held = [
+        Held(f"experts.{k}.w", shape, dtype, {"ep": ep}, state)
+        for ep in range(2)
+        for k in range(2)
+        for shape, dtype, state in (((4,), "float32", "value"), ((), "int64", "step"))
+    ]
+    bound = bind(program(*lines), held, mesh=Mesh({"ep": 2}))
+    assert bound.tensors["w", "step"].shape == ()
+    assert sorted(piece.replica for piece in bound.pieces["w", "step"]) == [0, 1, 2, 3]
+    with pytest.raises(FitError, match=r"experts\.0\.w.step. at ep 0 is int64, but .* says i32"):
+        bind(program(*lines[:-1], "state step : i32[]"), held, mesh=Mesh({"ep": 2}))
+
+
+def test_states_of_their_own_for_each_coordinate_need_dims() -> None:
+    held = [Held("w", (3,), "float32", {"dp": k}, state) for k in range(2) for state in ("value", "momentum")]
+    with pytest.raises(FitError, match="of its own needs dims"):
+        bind(program("mesh dp", "w <-> w", "state momentum : like param each dp"), held, mesh=Mesh({"dp": 2}))
+
+
+def test_a_step_of_layers_that_are_stacked() -> None:
+    held = [Held("w", (3, 4), "float32"), Held("w", (), "float32", {}, "step")]
+    with pytest.raises(FitError, match="of a tensor that is stacked"):
+        bind(program("size l a", "w [l, a] <-> layers.{l}.w [a]", "state step : []"), held, mesh=Mesh({}))

@@ -52,6 +52,8 @@ class Form:
     cut_pads: frozenset[tuple[int, int]]
     """Paddings, by dim and number in it, that are cut over ranks, beside nothing that is; others may differ by rank."""
     texts: tuple[tuple[str, ...], ...]
+    own: bool
+    """Whether the state has a layout of its own: then numbers in names are none of its dims."""
 
 
 @dataclass
@@ -103,7 +105,8 @@ class Compiler:
         coordinate = self.solver.coordinate(shard.coordinate)
         self._in_place(ready, shard, coordinate)
         values = self._values(ready, match, coordinate, shard)
-        fixed = {name: value for name, value in values.items() if name in ready.leaves and isinstance(value, int)}
+        leaves = frozenset[str]() if form.own else ready.leaves
+        fixed = {name: value for name, value in values.items() if name in leaves and isinstance(value, int)}
         for axis in {*ready.axis_leaves, *form.each}:
             fixed[axis] = self.setting.index(axis, coordinate)
             values[axis] = fixed[axis]
@@ -151,7 +154,8 @@ class Compiler:
             same = _identity(logical[whole], 1)
             return same.shape, [(whole, same.views[0], same.blocks[0][0].block)]
         state = shard.state
-        fixed = {leaf: value for leaf, value in values.items() if leaf in ready.leaves and isinstance(value, int)}
+        leaves = frozenset[str]() if form.own else ready.leaves
+        fixed = {leaf: value for leaf, value in values.items() if leaf in leaves and isinstance(value, int)}
         for axis in {*ready.axis_leaves, *form.each}:
             fixed[axis] = self.setting.index(axis, coordinate)
         at = tuple((axis, coordinate.get(axis)) for axis in form.axes)
@@ -170,7 +174,7 @@ class Compiler:
                     setting=self.setting,
                     coordinate=coordinate,
                     fixed=fixed,
-                    captured=ready.named,
+                    captured=() if form.own else ready.named,
                     pad=pad,
                     parts=form.parts,
                 )
@@ -230,11 +234,22 @@ class Compiler:
             targets, parts = (plain,) * count, (0,) * count
         elif state and state.lacking and layout is not None and targets is not None:
             layout, targets, parts = without_dims(layout, targets, state.lacking)
+        if each and targets is None:
+            raise FitError(
+                f"{self.checked.where(ready.equation)}: a state that each {' '.join(each)} has of its own needs dims",
+                hint="give the tensor a layout",
+            )
         if each and targets is not None:
             targets = tuple(Layout((*(Dim(axis) for axis in each), *t.dims), t.dtype) for t in targets)
         texts = tuple(tuple(spell_dim(dim) for dim in t.dims) for t in targets or ()) or ((),) * count
         cutting = axes(layout) if layout else ()
-        return Form(layout, targets, parts, each, reduce, cutting, _cut_pads(layout), texts)
+        own = state is not None and state.layout is not None
+        if own and any(named - ready.leaves for named in ready.named):
+            raise FitError(
+                f"{self.checked.where(ready.equation)}: a state with a layout of its own, of a tensor that is stacked",
+                hint="what is stacked shares it: `drop` such tensors, or keep the state as a number",
+            )
+        return Form(layout, targets, parts, each, reduce, cutting, _cut_pads(layout), texts, own)
 
     def _in_place(self, ready: Ready, shard: Held, coordinate: Mapping[str, int]) -> None:
         for place in ready.equation.on:
@@ -297,7 +312,7 @@ class Compiler:
                 setting=self.setting,
                 coordinate=coordinate,
                 fixed=fixed,
-                captured=ready.named,
+                captured=() if form.own else ready.named,
                 pad=pad,
                 parts=form.parts,
             )
@@ -320,6 +335,9 @@ class Compiler:
         """Dtype of each logical tensor. A cast is of the value alone; states keep theirs."""
         count = len(ready.equation.targets)
         if shard.state != "value":
+            said = form.layout.dtype if form.own and form.layout is not None else None
+            if said is not None and WORDS[said] != shard.dtype:
+                raise FitError(f"{shard} is {shard.dtype}, but {self.checked.program.file} says {said} of the state")
             return (shard.dtype,) * count
         written = ready.equation.layout.dtype if ready.equation.layout else None
         if written is not None and WORDS[written] != shard.dtype:
