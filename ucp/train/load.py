@@ -72,7 +72,8 @@ def load(
 
     `strict` asks that source and target hold the same names, states and shapes. `map` renames (target name -> source
     name), `only` selects names by globs. `verify` checks what was read against the checksums that the source keeps;
-    the ranks of a target's mesh do so together, so all of them must call, and what one raises they all raise.
+    the ranks of a target's mesh do so together, so all of them must call, and what one raises they all raise. Replicas
+    and low-precision copies are not read: converting compares them, and so does ``ucp verify --deep``.
     `workers` threads read (default: up to 4), each with a bounded buffer. `options` go to the family's reader.
 
     A conversion `program` describes the target's tensors where they are not the checkpoint's: each of them is made of
