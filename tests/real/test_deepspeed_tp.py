@@ -297,6 +297,13 @@ def test_a_replicated_norm_that_differs_names_both_files(copy: Callable[[str], P
         convert(folder, tmp_path / "out")
     assert "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt" in str(caught.value)
     assert file.name in str(caught.value)
+    with ucp.open(folder) as checkpoint:
+        target = {name: {"exp_avg": torch.empty(tensor.shape)} for name, tensor in checkpoint.items()}
+    with pytest.raises(
+        ConflictError, match=r"layernorm.*exp_avg.*the replica in \S+mp_rank_01\S+ differs from \S+mp_rank_00"
+    ):
+        ucp.load(target, folder, strict=False)
+    ucp.load(target, folder, strict=False, verify=False)
 
 
 def test_ranks_of_different_steps(copy: Callable[[str], Path]) -> None:

@@ -72,8 +72,9 @@ def load(
 
     `strict` asks that source and target hold the same names, states and shapes. `map` renames (target name -> source
     name), `only` selects names by globs. `verify` checks what was read against the checksums that the source keeps;
-    the ranks of a target's mesh do so together, so all of them must call, and what one raises they all raise. Replicas
-    and low-precision copies are not read: converting compares them, and so does ``ucp verify --deep``.
+    the ranks of a target's mesh do so together, so all of them must call, and what one raises they all raise. It also
+    compares replicas, such as what all tensor-parallel ranks hold. Low-precision copies are not read: converting
+    compares them, and so does ``ucp verify --deep``.
     `workers` threads read (default: up to 4), each with a bounded buffer. `options` go to the family's reader.
 
     A conversion `program` describes the target's tensors where they are not the checkpoint's: each of them is made of
@@ -88,7 +89,8 @@ def load(
     `strict`.
 
     Nothing is changed unless everything fits. Raises FitError that lists all problems, NotFoundError, UsageError for a
-    target of an unknown kind, and CorruptError or StorageError while reading, after which the target is partly filled.
+    target of an unknown kind, and CorruptError, ConflictError or StorageError while reading, after which the target is
+    partly filled.
     """
     start = time.perf_counter()
     job_is: dict[str, Any] = {
@@ -117,7 +119,7 @@ def load(
             plan(job, hyper_parameters=hyper_parameters)
             job.findings.check(ckpt.url, strict=strict)
             ledger = Ledger(Spans(ckpt.catalog.checksums if verify else ()))
-            _fill(job, ledger, workers or min(4, os.cpu_count() or 1))
+            _fill(job, ledger, workers or min(4, os.cpu_count() or 1), replicas=verify)
             return (job, ledger), _telling(ledger)
 
         (job, ledger), pieces = crew.share(read)
@@ -140,7 +142,7 @@ def _opened(source: str | os.PathLike[str] | Checkpoint, family: str | None, opt
     return source
 
 
-def _fill(job: Job, ledger: Ledger, workers: int) -> None:
+def _fill(job: Job, ledger: Ledger, workers: int, *, replicas: bool) -> None:
     """Read everything into its place."""
     for _, made in job.states:
         job.fills += allocate(made, job.catalog, job.supply)
@@ -151,7 +153,7 @@ def _fill(job: Job, ledger: Ledger, workers: int) -> None:
         touched.add(object)
         ledger.record(object, offset, data)
 
-    transfer(job.store, job.fills, workers=workers, record=record)
+    transfer(job.store, job.fills, workers=workers, record=record, replicas=replicas)
     check_unchanged(job.store, job.catalog, touched)
 
 

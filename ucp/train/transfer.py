@@ -13,7 +13,7 @@ from ucp.layout import Box, itemsize
 from ucp.layout import block as blocks
 from ucp.layout.block import View
 from ucp.plan import Cover, Extent, Fragment, split
-from ucp.run.gather import Record, read_into
+from ucp.run.gather import Record, gather, read_into
 from ucp.store import Store
 from ucp.train.shards import local_tensor, parts
 
@@ -52,6 +52,7 @@ class Block:
     cover: Cover
     twins: tuple[Cover, ...]
     view: View
+    replicas: bool
 
     @property
     def nbytes(self) -> int:
@@ -59,15 +60,16 @@ class Block:
         return self.region.size * itemsize(self.cover.spec.dtype)
 
 
-def transfer(store: Store, fills: Sequence[Fill], *, workers: int, record: Record) -> None:
-    """Carry out `fills` with `workers` threads of at most four buffers of `BLOCK_BYTES` each.
+def transfer(store: Store, fills: Sequence[Fill], *, workers: int, record: Record, replicas: bool = True) -> None:
+    """Carry out `fills` with `workers` threads of at most five buffers of `BLOCK_BYTES` each.
 
-    Calls `record` for every range read. The first error stops all workers and is raised.
+    With `replicas` further copies in the source are read too, and ConflictError is raised where one differs. Calls
+    `record` for every range read. The first error stops all workers and is raised.
     """
     for device in {fill.tensor.device for fill in fills}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    blocks = (block for fill in fills for block in _blocks(fill))
+    blocks = (block for fill in fills for block in _blocks(fill, replicas=replicas))
     queue = _Queue(blocks)
     threads = [threading.Thread(target=_work, args=(store, queue, record), daemon=True) for _ in range(workers - 1)]
     for thread in threads:
@@ -82,14 +84,14 @@ def transfer(store: Store, fills: Sequence[Fill], *, workers: int, record: Recor
         raise queue.error
 
 
-def _blocks(fill: Fill) -> Iterator[Block]:
+def _blocks(fill: Fill, *, replicas: bool) -> Iterator[Block]:
     view = fill.share.view if fill.share else View.plain(fill.cover.spec.shape)
     most = max(1, BLOCK_BYTES // itemsize(fill.cover.spec.dtype))
     for region, target in _regions(fill):
         for box in split(region, most):
             here = box.relative_to(region.start)
             index = tuple(slice(a, b) for a, b in zip(here.start, here.stop, strict=True))
-            yield Block(target[index], box, fill.cover, fill.twins, view)
+            yield Block(target[index], box, fill.cover, fill.twins, view, replicas)
 
 
 def _regions(fill: Fill) -> Iterator[tuple[Box, torch.Tensor]]:
@@ -228,6 +230,8 @@ def _read(store: Store, cover: Cover, block: Block, buffer: memoryview, record: 
 
 
 def _compare(store: Store, block: Block, view: memoryview, record: Record) -> None:
+    if block.replicas:
+        _compare_replicas(store, block, view, record)
     for twin in block.twins:
         other = memoryview(bytearray(block.nbytes))
         _read(store, twin, block, other, record)
@@ -236,3 +240,25 @@ def _compare(store: Store, block: Block, view: memoryview, record: Record) -> No
                 f"{block.cover.key} and {twin.key} are one tensor in the target but differ in the checkpoint",
                 hint="untie them in the target, or choose one with map={name: source name}",
             )
+
+
+def _compare_replicas(store: Store, block: Block, view: memoryview, record: Record) -> None:
+    """ConflictError where a further copy of the block differs; the terms of a mean or a sum each against their own."""
+    target = Fragment(block.region, Extent.contiguous("", 0, block.region.shape, block.cover.spec.dtype))
+    for source in block.cover.sources:
+        if not source.replicas:
+            continue
+        first = view
+        if source is not block.cover:
+            first = memoryview(bytearray(block.nbytes))
+            read_into(store, source, target, first, record, view=block.view)
+        for copies in source.replica_copies_into(target, block.view):
+            other = memoryview(bytearray(first))
+            gather(store, copies, other, record)
+            if other != first:
+                held = " ".join(sorted({copy.source.object for copy in source.copies_into(target, block.view)}))
+                theirs = " ".join(sorted({copy.source.object for copy in copies}))
+                raise ConflictError(
+                    f"{block.cover.key}: the replica in {theirs} differs from {held}",
+                    hint="one of the two is damaged, or the ranks diverged; verify=False takes the first as it is",
+                )
