@@ -55,8 +55,10 @@ def command(
     """Check that a checkpoint is whole, or equals another.
 
     Lists what is wrong, and leaves with exit code 6 then. Without options, metadata and the sizes of objects are
-    checked. --against compares step, tensors, states, hyper-parameters and every byte; --family, --tag
-    and -o are for the first URL alone. NaN and infinite elements are reported and are no fault.
+    checked. --against compares step, tensors, states, hyper-parameters and every byte; --family, --tag,
+    -o and --spec are for the first URL alone, so that what was converted through a program is compared
+    with `ucp verify SOURCE --spec PROGRAM --against RESULT`. NaN and infinite elements are reported and
+    are no fault.
     """
     from ucp.run.verify import verify
 
