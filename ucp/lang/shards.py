@@ -162,22 +162,12 @@ class Compiler:
         known_shape = shard.shape if len(shard.shape) == len(form.layout.dims) else ()
         key = ("wanted", ready.equation.number, state, known_shape, at, tuple(fixed.items()))
         if key not in self._kept:
-            names = {n for layout in (form.layout, *form.targets) for dim in layout.dims for n in names_in(dim)}
-            require(self.solver, names, str(shard))
+            self._require(form, shard)
             try:
                 pad = None
                 if known_shape:
                     pad = saved_pads(form.layout, known_shape, setting=self.setting, coordinate=coordinate)
-                self._kept[key] = compile_layout(
-                    form.layout,
-                    form.targets,
-                    setting=self.setting,
-                    coordinate=coordinate,
-                    fixed=fixed,
-                    captured=() if form.own else ready.named,
-                    pad=pad,
-                    parts=form.parts,
-                )
+                self._kept[key] = self._at(ready, form, coordinate, fixed, pad)
             except FitError as error:
                 raise FitError(f"{shard}: {error.message}", hint=error.hint) from None
         compiled = self._kept[key]
@@ -293,8 +283,7 @@ class Compiler:
         at = tuple((axis, coordinate.get(axis)) for axis in form.axes)
         key = (ready.equation.number, shard.state, shard.shape, at, tuple(fixed.items()))
         if key not in self._kept:
-            names = {name for layout in (form.layout, *form.targets) for dim in layout.dims for name in names_in(dim)}
-            require(self.solver, names, str(shard))
+            self._require(form, shard)
             self._kept[key], self._pads[key] = self._compile(ready, form, shard, coordinate, fixed)
         return self._kept[key], self._pads[key]
 
@@ -306,16 +295,7 @@ class Compiler:
             raise FitError(f"{shard} has shape {list(shard.shape)}, but its layout has {len(form.layout.dims)} dims")
         try:
             pad = saved_pads(form.layout, shard.shape, setting=self.setting, coordinate=coordinate)
-            compiled = compile_layout(
-                form.layout,
-                form.targets,
-                setting=self.setting,
-                coordinate=coordinate,
-                fixed=fixed,
-                captured=() if form.own else ready.named,
-                pad=pad,
-                parts=form.parts,
-            )
+            compiled = self._at(ready, form, coordinate, fixed, pad)
         except FitError as error:
             raise FitError(f"{shard} {list(shard.shape)}: {error.message}", hint=error.hint) from None
         if compiled.shape != shard.shape:
@@ -325,6 +305,27 @@ class Compiler:
                 hint="with " + " ".join(f"{name}={n}" for name, n in sorted(self._sizes_of(form).items())),
             )
         return compiled, pad
+
+    def _require(self, form: Form, shard: Held) -> None:
+        """Every size in the layouts must be known."""
+        layouts = (form.layout, *(form.targets or ()))
+        dims = (dim for layout in layouts if layout is not None for dim in layout.dims)
+        require(self.solver, {name for dim in dims for name in names_in(dim)}, str(shard))
+
+    def _at(
+        self, ready: Ready, form: Form, coordinate: Mapping[str, int], fixed: Mapping[str, int], pad: Pads | None
+    ) -> Compiled:
+        assert form.layout is not None and form.targets is not None
+        return compile_layout(
+            form.layout,
+            form.targets,
+            setting=self.setting,
+            coordinate=coordinate,
+            fixed=fixed,
+            captured=() if form.own else ready.named,
+            pad=pad,
+            parts=form.parts,
+        )
 
     def _sizes_of(self, form: Form) -> dict[str, int]:
         assert form.layout is not None
