@@ -20,6 +20,7 @@ PROGRAMS = {
     "llama": "hf_llama",
     "mistral": "hf_llama",
     "mixtral": "hf_mixtral",
+    "phi3": "hf_phi3",
     "qwen2": "hf_qwen2",
     "qwen3": "hf_qwen3",
     "qwen3_moe": "hf_qwen3_moe",
@@ -40,7 +41,7 @@ _SIZES = {
 }
 """Keys that give a size; the first that is there and not null."""
 
-_NOT_TIED = ("gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+_NOT_TIED = ("gpt_neox", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
 """Models whose head is not tied where ``tie_word_embeddings`` is not given."""
 
 
@@ -61,9 +62,9 @@ def from_config(config: Config, *, in_memory: bool = False) -> Known:
     Raises FitError if no program is shipped for its ``model_type``.
     """
     kind = config.get("model_type")
-    if kind not in PROGRAMS:
+    if not isinstance(kind, str) or kind not in PROGRAMS:
         raise FitError(
-            f"no program is shipped for model_type {kind!r}; there are programs for {', '.join(sorted(PROGRAMS))}",
+            f"no program is shipped for model_type {kind!r:.80}; there are programs for {', '.join(sorted(PROGRAMS))}",
             hint="write one: docs/cookbook.md",
         )
     return Known(PROGRAMS[kind], _sizes(kind, config), _flags(kind, config, in_memory=in_memory))

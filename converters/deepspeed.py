@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ucp.catalog import Catalog
-from ucp.converter import Sharded, Target
+from ucp.converter import Layout, Sharded
 from ucp.errors import CorruptError, NotFoundError, UsageError
+from ucp.layout import Mesh
 from ucp.store import Store
 
 from ._deepspeed.assemble import read_catalog, read_sharded
 from ._deepspeed.files import detect
+from ._deepspeed_native.target import NativeFolder, make_target
 
 
 class DeepSpeed:
@@ -49,43 +52,63 @@ class DeepSpeed:
         over, where DeepSpeed's own converter has ``--no_strict``. Without that metadata, a program must be given.
 
         NotFoundError for a missing tag or rank file, ConflictError for files of different saves, CorruptError for
-        damage or sizes that contradict shapes, FitError for what cannot be read (tensor parallelism without metadata,
-        experts spread over ranks, unknown optimizers), UnsafeError for a malicious file.
+        damage or sizes that contradict shapes, FitError for what cannot be read (tensor parallelism without metadata or
+        with experts, unknown optimizers), UnsafeError for a malicious file.
         """
         _check_known(options)
         with _with_hint():
             return read_catalog(store, tag=tag, frozen=_listed(frozen), strict=_is_on(strict))
 
     def sharded(
-        self, store: Store, *, tag: str | None = None, frozen: Sequence[str] | str = (), **options: Any
+        self,
+        store: Store,
+        *,
+        tag: str | None = None,
+        frozen: Sequence[str] | str = (),
+        joined: bool | str = False,
+        strict: bool | str = True,
+        **options: Any,
     ) -> Sharded:
         """The catalog of each tensor-parallel rank, for a conversion program: pipeline stages and ZeRO are joined.
 
-        Raises what `read` raises, but asks for no metadata.
+        With `joined` tensor-parallel ranks are too, as the checkpoint's own metadata says: for a program that only
+        renames or splits whole tensors, where how DeepSpeed's AutoTP cut them is nothing it knows. Raises what `read`
+        raises, but asks for no metadata without `joined`.
         """
         _check_known(options)
         with _with_hint():
-            return read_sharded(store, tag=tag, frozen=_listed(frozen))
+            parts = read_sharded(store, tag=tag, frozen=_listed(frozen))
+            if not _is_on(joined, "joined"):
+                return parts
+            whole = read_catalog(store, tag=tag, frozen=_listed(frozen), strict=_is_on(strict))
+            return replace(parts, parts=[({}, whole)], mesh=Mesh({}), cuts={}, placements={})
 
-    def target(self, catalog: Catalog, store: Store, **options: Any) -> Target:
-        """UsageError: DeepSpeed's own layout is read only."""
-        raise UsageError("cannot write deepspeed checkpoints", hint="DeepSpeed resumes from family deepspeed-universal")
+    def target(self, catalog: Catalog, store: Store, *, layout: Layout | None = None, **options: Any) -> NativeFolder:
+        """Lay `catalog` out as a save root that a job of ZeRO 1, 2 or 3 over ``layout.mesh["dp"]`` ranks resumes from.
+
+        Options, by default as the source was: `stage`, `dtype` (``fp32``, ``bf16`` or ``fp16``) of the module's
+        parameters, `tag`, `sub_group_size` (ZeRO 3), `round_robin` for a job with ``round_robin_gradients``, and
+        `bf16_optimizer` for one with fp32 gradients under stage 1 and bf16. FitError for what ZeRO's flat tensors have
+        no place for, such as states of another shape than the parameter's.
+        """
+        return make_target(catalog, store, layout=layout, **options)
 
 
 def _check_known(options: dict[str, Any]) -> None:
     if options:
-        raise UsageError(f"deepspeed: unknown option {next(iter(options))!r}", hint="known: tag frozen strict")
+        known = "known: tag frozen strict; with a program: joined"
+        raise UsageError(f"deepspeed: unknown option {next(iter(options))!r}", hint=known)
 
 
 def _listed(patterns: Sequence[str] | str) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _is_on(value: bool | str) -> bool:
+def _is_on(value: bool | str, name: str = "strict") -> bool:
     """An option that is on or off; the command line gives text."""
     known = {"yes": True, "true": True, "no": False, "false": False}
     if isinstance(value, str) and value.lower() not in known:
-        raise UsageError(f"deepspeed: strict is yes or no, not {value!r}")
+        raise UsageError(f"deepspeed: {name} is yes or no, not {value!r}")
     return known[value.lower()] if isinstance(value, str) else bool(value)
 
 

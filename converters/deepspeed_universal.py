@@ -36,18 +36,28 @@ class DeepSpeedUniversal:
         return read(store, tag=tag)
 
     def target(
-        self, catalog: Catalog, store: Store, *, tag: str | None = None, mp: int | str = 1, **options: Any
+        self,
+        catalog: Catalog,
+        store: Store,
+        *,
+        tag: str | None = None,
+        mp: int | str = 1,
+        ep: int | str | None = None,
+        **options: Any,
     ) -> UniversalFolder:
         """Lay `catalog` out as a save root with one universal folder, ``<tag>_universal``.
 
         `tag` is ``global_step<N>`` where it is not given. `mp` is the number of model-parallel ranks (pipeline stages
         times tensor-parallel ranks) of the job that resumes: DeepSpeed before September 2026 looks for as many model
-        files, later versions are content with one whatever the job. FitError for what such a folder cannot hold:
-        states of another shape than the parameter's, several steps in one optimizer group, names that are no path.
+        files, later versions are content with one whatever the job. `ep` is the expert-parallel degree of the job,
+        for native mixtures of experts; a job of another one fails on loading. FitError for what such a folder cannot
+        hold: states of another shape than the parameter's, several steps in one optimizer group, names that are no
+        path, experts whose number `ep` does not divide.
         """
         if options:
-            raise UsageError(f"{FAMILY}: unknown option {next(iter(options))!r}", hint="known: tag mp")
-        return make_target(catalog, store, tag=tag, mp=_ranks(mp))
+            raise UsageError(f"{FAMILY}: unknown option {next(iter(options))!r}", hint="known: tag mp ep")
+        degree = None if ep is None else _ranks("ep", ep)
+        return make_target(catalog, store, tag=tag, mp=_ranks("mp", mp), ep=degree)
 
 
 def _only_tag(options: dict[str, Any]) -> None:
@@ -55,11 +65,11 @@ def _only_tag(options: dict[str, Any]) -> None:
         raise UsageError(f"{FAMILY}: unknown option {next(iter(options))!r}", hint="known: tag")
 
 
-def _ranks(mp: int | str) -> int:
+def _ranks(option: str, value: int | str) -> int:
     """A number of ranks; the command line gives text."""
-    if not str(mp).isdecimal() or not 1 <= int(mp) <= _MOST_RANKS:
-        raise UsageError(f"{FAMILY}: mp is a number of ranks, not {mp!r}")
-    return int(mp)
+    if not str(value).isdecimal() or not 1 <= int(value) <= _MOST_RANKS:
+        raise UsageError(f"{FAMILY}: {option} is a number of ranks, not {value!r}")
+    return int(value)
 
 
 _MOST_RANKS = 4096

@@ -20,6 +20,7 @@ from . import nodes
 from .around import Around, read_around
 from .carried import Part, carried_state
 from .checks import check
+from .experts import expert_entries, with_experts
 from .files import locate
 from .found import Found
 from .info import INFO, PIPELINE_REPLICATED
@@ -29,6 +30,7 @@ from .patterns import Patterns
 from .pipeline import layer_entries, local_entries, merge_stages
 from .same import Comparison
 from .stage0 import read_plain_optimizers
+from .stage0_experts import read_expert_optimizers
 from .steps import step_notes
 from .weights import Weights, buffer_names, read_weights
 from .zero import read_optimizer
@@ -68,13 +70,14 @@ def read_sharded(store: Store, *, tag: str | None, frozen: Sequence[str]) -> Sha
         mesh,
         config=known.sizes,
         flags=known.flags,
+        program=known.program or None,
     )
 
 
 def _configured(around: Around) -> Known:
     """Sizes and flags that a ``config.json`` of Hugging Face gives, where Trainer put one beside the checkpoint."""
     text = around.state.get("config.json")
-    with suppress(ValueError, FitError):
+    with suppress(ValueError, RecursionError, FitError):
         config = json.loads(text) if isinstance(text, str | bytes) else None
         if isinstance(config, dict):
             known = from_config(config)
@@ -134,6 +137,8 @@ def _catalog(
 
 def _optimizers(store: Store, save: Save, comparison: Comparison, frozen: Sequence[str]) -> dict[int, Found]:
     entries = local_entries(save) if save.layers else _whole_module(save)
+    if not save.optims and save.expert_optims:
+        return {0: read_expert_optimizers(store, save, comparison, entries, frozen)}
     if not save.optims:
         return read_plain_optimizers(store, save, comparison, candidates_of(entries, buffer_names(save), frozen))
     shapes = {name: node.extent.shape for name, node in entries.items() if nodes.is_tensor(node)}
@@ -145,9 +150,13 @@ def _module(save: Save, found: Found) -> dict[str, Tree]:
 
 
 def _whole_module(save: Save) -> dict[str, Tree]:
-    model = save.model(0)
-    module = nodes.mapping(model.root.get("module"), f"{model.path}: module")
-    return {str(name): node for name, node in module.items()}
+    """The module's entries; a pipeline with experts saves each stage's in its own model file."""
+    entries: dict[str, Tree] = {}
+    for pp in range(save.mesh["pp"]):
+        model = save.model(pp)
+        for name, node in nodes.mapping(model.root.get("module"), f"{model.path}: module").items():
+            entries.setdefault(str(name), node)
+    return with_experts(entries, expert_entries(save))
 
 
 def _tensors(found: Found, weights: Weights) -> tuple[dict[str, Tensor], dict[Key, tuple[Fragment, ...]]]:
@@ -200,8 +209,17 @@ def _source(save: Save, found: Found, weights: Weights) -> Source:
             "model_dtype": " ".join(sorted(weights.dtypes)) or None,
             "wrapper": _wrapper(save),
             "optimizer": str(named.get("type")) if isinstance(named, Mapping) else None,
+            **_expert_parallel(found),
         },
     )
+
+
+def _expert_parallel(found: Found) -> dict[str, int | str]:
+    """The degree over which native mixtures of experts are spread, or where layers differ all degrees."""
+    degrees = sorted(found.degrees)
+    if not degrees:
+        return {}
+    return {"expert_parallel": degrees[0] if len(degrees) == 1 else " ".join(map(str, degrees))}
 
 
 def _partitioned(save: Save) -> bool:

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 
 from ucp.errors import ConflictError, CorruptError, NotFoundError
 from ucp.store import Store
 from ucp.tree import Tree
 
 from . import nodes
-from .load import LEFTOVER_HINT, MISSING_HINT, MIXED_HINT, RankFile, Save, spread_experts, zero_stage
+from .expert_files import check_experts
+from .load import LEFTOVER_HINT, MISSING_HINT, MIXED_HINT, RankFile, Save, zero_stage
 from .same import plain_equal
 
 _EVERY_MODEL = ("global_steps", "global_samples", "skipped_steps", "ds_version", "dp_world_size", "mp_world_size")
 
 
 def check(store: Store, saves: Sequence[Save]) -> None:
-    """NotFoundError for a missing file, ConflictError for files of different saves, FitError for spread-out experts."""
+    """NotFoundError for a missing file, ConflictError for files of different saves, FitError for AutoEP."""
     base = f"{store.url}/{saves[0].folder.path}"
     models = [file for save in saves for file in save.models.values()]
     optims = [file for save in saves for file in save.optims.values()]
@@ -28,7 +30,7 @@ def check(store: Store, saves: Sequence[Save]) -> None:
         _check_present(base, save, models, optims)
         _check_none_too_many(save)
         _check_layers(base, save)
-        _check_no_experts(save)
+        check_experts(base, save)
     _check_every_layer(base, saves)
     _agree(models, {name: _model_entry(name) for name in _EVERY_MODEL})
     for save in saves:
@@ -40,13 +42,12 @@ def check(store: Store, saves: Sequence[Save]) -> None:
 
 def _check_present(base: str, save: Save, models: Sequence[RankFile], optims: Sequence[RankFile]) -> None:
     pp, dp = save.mesh["pp"], save.dp
-    grid = [(stage, rank) for stage in range(pp) for rank in range(dp)]
-    wanted = grid if save.stage == 3 else [(stage, 0) for stage in range(pp)]
-    for stage, rank in wanted:
+    # Never a list: the file may tell of far more ranks than there are files, and the first that is missing ends it.
+    for stage, rank in product(range(pp), range(dp if save.stage == 3 else 1)):
         if (stage, rank) not in save.models:
             raise _missing(base, models, (save.number(stage), rank), dp)
     if optims:
-        for stage, rank in grid:
+        for stage, rank in product(range(pp), range(dp)):
             if (stage, rank) not in save.optims:
                 raise _missing(base, optims, (save.number(stage), rank), dp)
     elif any(file.root.get("param_shapes") is not None for file in save.models.values()):
@@ -93,20 +94,6 @@ def _check_layers(base: str, save: Save) -> None:
         raise ConflictError(f"{base}: holds pipeline layers and a whole module", hint=LEFTOVER_HINT)
 
 
-def _check_no_experts(save: Save) -> None:
-    for file in save.models.values():
-        if any(_is_set(file.root.get(name)) for name in ("num_experts", "ds_autoep_layers", "autoep_layers")):
-            raise spread_experts(file.path)
-    for file in save.optims.values():
-        inner = file.root["optimizer_state_dict"]
-        if inner.get("ds_zero_partition_groups") or any(group.get("moe") for group in base_groups(file)):
-            raise spread_experts(file.path)
-
-
-def _is_set(node: Tree) -> bool:
-    return any(n for n in node) if isinstance(node, list | tuple) else bool(node)
-
-
 def base_groups(file: RankFile) -> list[Mapping[str, Tree]]:
     """``param_groups`` of the torch optimizer; none with elastic_checkpoint, which does not save them."""
     inner = file.root["optimizer_state_dict"]
@@ -122,20 +109,24 @@ def _check_optims(saves: Sequence[Save], files: Sequence[RankFile]) -> None:
         _check_partition_count(file, saves[0].dp)
         if file.root.get("ds_version", version) != version:
             raise _mixed("DeepSpeed version", {first.path: version, file.path: file.root["ds_version"]})
-    _agree(files, {"ZeRO stage": zero_stage})
+    _agree(files, {"ZeRO stage": zero_stage, "partition counts": _partition_count})
     for stage in range(saves[0].mesh["pp"]):
         _agree([file for save in saves for file in save.ranks(stage)], {"hyper-parameters": base_groups})
 
 
 def _check_partition_count(file: RankFile, dp: int) -> None:
-    inner = file.root["optimizer_state_dict"]
-    counts = inner.get("partition_count", [])
+    """ConflictError for a number that cannot be; experts are partitioned over a divisor of the ranks."""
+    counts = _partition_count(file) or []
     for count in counts if isinstance(counts, list | tuple) else [counts]:
-        if count != dp:
+        if nodes.integer(count, f"{file.path}: partition_count") < 1 or dp % nodes.integer(count, file.path):
             raise ConflictError(
                 f"{file.path}: partitioned over {count} ranks, but the model was saved by {dp} data-parallel ranks",
                 hint=MIXED_HINT,
             )
+
+
+def _partition_count(file: RankFile) -> Tree:
+    return nodes.mapping(file.root["optimizer_state_dict"], file.path).get("partition_count")
 
 
 def _model_entry(name: str) -> Callable[[RankFile], Tree]:

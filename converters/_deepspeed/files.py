@@ -1,6 +1,7 @@
 """Which files a DeepSpeed checkpoint has, and what their names say.
 
-Names: deepspeed/runtime/engine.py (``_get_ckpt_name``, ``_get_zero_ckpt_name``, ``_get_expert_ckpt_name``) and
+Names: deepspeed/runtime/engine.py (``_get_ckpt_name``, ``_get_zero_ckpt_name``, ``_get_expert_ckpt_name``,
+``_get_optimizer_ckpt_name``) and
 deepspeed/runtime/pipe/module.py (``ckpt_layer_path``). "pp_rank" in a name is the ZeRO data-parallel rank; "mp_rank"
 counts pipeline stages outermost and tensor-parallel ranks innermost. Prefixes of optimizer files are ``bf16_``, none,
 and ``fp16_`` in old versions (deepspeed/checkpoint/constants.py), which also left out an underscore.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ucp.errors import CorruptError, NotFoundError, UsageError
@@ -20,13 +21,13 @@ _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_st
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-_EXPERT = re.compile(
-    r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
-)
+_EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_EXPERT_OPTIM = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 Rank = TypeVar("Rank")
 
 _MOST_LATEST_BYTES = 4096
 _SCRIPT = "zero_to_fp32.py"
+_JOURNAL = ".ucp-journal/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Folder:
     """The files of one tag, by what their names say. Paths are relative to the store.
 
     `optim` is keyed by (mp, dp), `model` by mp (one file per model-parallel rank, ZeRO 0 to 2), `shards` by (mp, dp)
-    (one model file per rank, ZeRO 3), `layers` by (layer, tp).
+    (one model file per rank, ZeRO 3), `layers` by (layer, tp). Of mixtures of experts: `experts` by (mp, MoE layer,
+    expert), all experts of a number in one file under layer -1 in old versions; `expert_optims` by (mp, ep).
     """
 
     path: str
@@ -42,7 +44,8 @@ class Folder:
     model: dict[int, str] = field(default_factory=dict)
     shards: dict[tuple[int, int], str] = field(default_factory=dict)
     layers: dict[tuple[int, int], str] = field(default_factory=dict)
-    experts: tuple[str, ...] = ()
+    experts: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    expert_optims: dict[tuple[int, int], str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
 
     @property
@@ -66,7 +69,6 @@ def scan(path: str, names: Iterable[str]) -> Folder:
     CorruptError if two files claim the same rank: what two saves left behind.
     """
     folder = Folder(path)
-    experts: list[str] = []
     others: list[str] = []
     for name in names:
         full = path + name
@@ -78,9 +80,13 @@ def scan(path: str, names: Iterable[str]) -> Folder:
             _claim(folder.shards, (int(match[2]), int(match[1])), full)
         elif match := _LAYER.fullmatch(name):
             _claim(folder.layers, (int(match[1]), int(match[2] or 0)), full)
+        elif match := _EXPERT.fullmatch(name):
+            _claim(folder.experts, (int(match[3]), int(match[1] or -1), int(match[2])), full)
+        elif match := _EXPERT_OPTIM.fullmatch(name):
+            _claim(folder.expert_optims, (int(match[2]), int(match[1])), full)
         else:
-            (experts if _EXPERT.fullmatch(name) else others).append(name)
-    return Folder(path, folder.optim, folder.model, folder.shards, folder.layers, tuple(experts), tuple(others))
+            others.append(name)
+    return replace(folder, others=tuple(others))
 
 
 def _claim(files: dict[Rank, str], rank: Rank, full: str) -> None:
@@ -93,8 +99,13 @@ def _claim(files: dict[Rank, str], rank: Rank, full: str) -> None:
 
 
 def detect(store: Store) -> bool:
-    """Whether `store` is a tag folder, a save root, or what is left of one."""
+    """Whether `store` is a tag folder, a save root, or what is left of one.
+
+    A conversion that was cut short before its ``latest`` is none.
+    """
     names = store.children()
+    if _JOURNAL in names and "latest" not in names:
+        return False
     try:
         if scan("", names).is_checkpoint:
             return True

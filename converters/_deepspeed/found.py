@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ucp.catalog import ParamGroup, Scalar
 from ucp.errors import ConflictError, CorruptError
-from ucp.layout import Shape
+from ucp.layout import FlatRange, Shape
 from ucp.plan import Extent, Fragment, TensorSpec
 from ucp.tree import Tree
 
@@ -32,6 +32,7 @@ class Found:
     `shapes` has every optimized parameter in the optimizer's order; `states` is by name and state; `rest` is, by
     data-parallel rank, what is in the files beside it. `undecided` are parameters that it may own or not, each with
     what would settle it; `tied` are those of which several pipeline stages hold a copy, where names do not say so.
+    `degrees` are the expert-parallel degrees of native mixtures of experts.
     """
 
     shapes: dict[str, Shape] = field(default_factory=dict)
@@ -42,10 +43,38 @@ class Found:
     notes: list[str] = field(default_factory=list)
     undecided: dict[str, str] = field(default_factory=dict)
     tied: set[str] = field(default_factory=set)
+    degrees: set[int] = field(default_factory=set)
 
     def add(self, name: str, state: str, stored: Stored) -> None:
         """One more state of a parameter."""
         self.states.setdefault(name, {})[state] = stored
+
+    def adopt(self, held: Found, names: Mapping[str, str]) -> None:
+        """Take over the parameters of `held` under other `names`."""
+        for name, shape in held.shapes.items():
+            self.shapes[names[name]] = shape
+            self.states[names[name]] = held.states[name]
+            if name in held.scalars:
+                self.scalars[names[name]] = held.scalars[name]
+
+    def adopt_stacked(self, held: Found, name: str, part: int, parts: int) -> None:
+        """Take over one parameter of `held`, which is number `part` of equal `parts` along the first dim of it."""
+        shape = held.shapes[name]
+        self.shapes[name] = (parts * shape[0], *shape[1:])
+        states = self.states.setdefault(name, {})
+        for state, stored in held.states[name].items():
+            spec = TensorSpec((parts * shape[0], *shape[1:]), stored.spec.dtype)
+            before = states[state].fragments if state in states else ()
+            if state in states and states[state].spec != spec:
+                raise CorruptError(f"{name}: ranks hold {state} as {spec.dtype} and {states[state].spec.dtype}")
+            states[state] = Stored(spec, (*before, *(_moved(f, part * stored.spec.size) for f in stored.fragments)))
+        self.scalars[name] = held.scalars.get(name, {})
+
+
+def _moved(fragment: Fragment, by: int) -> Fragment:
+    region = fragment.region
+    assert isinstance(region, FlatRange)
+    return replace(fragment, region=FlatRange(region.start + by, region.length))
 
 
 class Layout(Protocol):

@@ -230,8 +230,8 @@ def read_info(tree: Tree, where: str) -> Info:
     for key in ("expert_parameter_patterns", "ds_autoep_layers"):
         if told.get(key):
             raise FitError(
-                f"{where}: {key}: experts spread over ranks are not supported yet",
-                hint="convert with DeepSpeed's own ds_to_universal, and then from its folder",
+                f"{where}: {key}: mixtures of experts under tensor parallelism cannot be read",
+                hint="save it without tensor parallelism",
             )
     affine = nodes.mapping(told.get("affine_map") or {}, f"{where}: affine_map")
     if nodes.integer(affine.get("version", AFFINE_VERSION), f"{where}: affine_map") > AFFINE_VERSION:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ucp.catalog import Checksum
 from ucp.container.torchfile import TorchFile, TorchFiles
-from ucp.errors import ConflictError, CorruptError, FitError, NotFoundError
+from ucp.errors import ConflictError, CorruptError, NotFoundError
 from ucp.layout import Mesh
 from ucp.store import Store
 from ucp.tree import Tree
@@ -52,6 +52,8 @@ class Save:
     shared: Mapping[str, str]
     tp: int = 0
     degree: int = 1
+    experts: Mapping[tuple[int, int, int], RankFile] = field(default_factory=dict)
+    expert_optims: Mapping[tuple[int, int], RankFile] = field(default_factory=dict)
 
     @property
     def dp(self) -> int:
@@ -83,34 +85,27 @@ class Save:
 def load(store: Store, folder: Folder) -> tuple[Save, ...]:
     """Read every file of `folder`: the save of each tensor-parallel rank, in order.
 
-    NotFoundError if there is no model file at all, FitError for spread-out experts; whatever the file reader raises for
-    a damaged or unsafe file.
+    NotFoundError if there is no model file at all; whatever the file reader raises for a damaged or unsafe file.
     """
     base = f"{store.url}/{folder.path}"
-    if folder.experts:
-        raise spread_experts(base + folder.experts[0])
     read = _Read(TorchFiles(store).read)
     optims = {rank: read(path) for rank, path in sorted(folder.optim.items())}
     stage = max((zero_stage(file) for file in optims.values()), default=0)
     models = {rank: read(path) for rank, path in sorted(_model_paths(base, folder, stage).items())}
     layers = {layer: read(path) for layer, path in sorted(folder.layers.items())}
+    experts = {key: read(path) for key, path in sorted(folder.experts.items())}
+    expert_optims = {rank: read(path) for rank, path in sorted(folder.expert_optims.items())}
     mesh, shared = _mesh(base, folder, models), _shared(models.values())
-    degree, own = mesh["tp"], Mesh({"pp": mesh["pp"], "tp": 1, "dp": mesh["dp"]})
-    return tuple(
-        Save(
-            folder,
-            own,
-            stage,
-            held := _of_rank(models, tp, degree),
-            states := _of_rank(optims, tp, degree),
-            weights := {layer: file for (layer, rank), file in layers.items() if rank == tp},
-            read.files([*states.values(), *held.values(), *weights.values()]),
-            shared,
-            tp,
-            degree,
-        )
-        for tp in range(degree)
-    )
+    degree, axes = mesh["tp"], Mesh({"pp": mesh["pp"], "tp": 1, "dp": mesh["dp"]})
+
+    def save(tp: int) -> Save:
+        held, states, plain = (_of_rank(files, tp, degree) for files in (models, optims, expert_optims))
+        weights = {layer: file for (layer, rank), file in layers.items() if rank == tp}
+        own = {(mp // degree, layer, e): file for (mp, layer, e), file in experts.items() if mp % degree == tp}
+        every = [file for files in (states, held, weights, own, plain) for file in files.values()]
+        return Save(folder, axes, stage, held, states, weights, read.files(every), shared, tp, degree, own, plain)
+
+    return tuple(map(save, range(degree)))
 
 
 def _of_rank(files: Mapping[tuple[int, int], RankFile], tp: int, degree: int) -> dict[tuple[int, int], RankFile]:
@@ -143,14 +138,6 @@ def zero_stage(file: RankFile) -> int:
     return nodes.integer(inner.get("zero_stage", 1), f"{file.path}: zero_stage")
 
 
-def spread_experts(path: str) -> FitError:
-    """What is said about experts that are spread over ranks."""
-    return FitError(
-        f"{path}: mixture of experts with experts spread over ranks is not supported yet",
-        hint="every rank gives its experts the same local names, so reading them needs a program",
-    )
-
-
 def _model_paths(base: str, folder: Folder, stage: int) -> dict[tuple[int, int], str]:
     """Paths of the model files: one per rank under ZeRO 3, else one per model-parallel rank."""
     if folder.model and folder.shards:
@@ -171,7 +158,7 @@ def _model_paths(base: str, folder: Folder, stage: int) -> dict[tuple[int, int],
 def _mesh(base: str, folder: Folder, models: Mapping[tuple[int, int], RankFile]) -> Mesh:
     """Degrees of pipeline, tensor and data parallelism; NotFoundError for files of fewer ranks than that."""
     first = next(iter(models.values()))
-    found = 1 + max(mp for mp, _ in [*models, *folder.optim])
+    found = nodes.count(1 + max(mp for mp, _ in [*models, *folder.optim]), first.path)
     pp, tp = _degrees(first, folder, found)
     if pp < 1 or tp < 1:
         raise CorruptError(f"{first.path}: {pp} pipeline stages and {tp} tensor-parallel ranks")
@@ -179,8 +166,8 @@ def _mesh(base: str, folder: Folder, models: Mapping[tuple[int, int], RankFile])
         name = first.path.rpartition("/")[2]
         missing = base + re.sub(r"mp_rank_\d+", f"mp_rank_{found:02d}", name)
         raise NotFoundError(f"{missing}: missing; the job had {tp} tensor-parallel ranks", hint=MISSING_HINT)
-    width = 1 + max((dp for _, dp in folder.optim), default=0)
-    dp = nodes.integer(first.root.get("dp_world_size", width), f"{first.path}: dp_world_size")
+    width = nodes.count(1 + max((dp for _, dp in folder.optim), default=0), first.path)
+    dp = nodes.count(first.root.get("dp_world_size", width), f"{first.path}: dp_world_size")
     return Mesh({"pp": pp, "tp": tp, "dp": max(dp, 1)})
 
 
@@ -202,10 +189,10 @@ def _degrees(first: RankFile, folder: Folder, found: int) -> tuple[int, int]:
     if degrees is not None:
         where = f"{first.path}: checkpoint_parallel_dimensions"
         degrees = nodes.mapping(degrees, where)
-        pp, tp = (nodes.integer(degrees.get(name, 1), where) for name in ("pp_degree", "tp_degree"))
+        pp, tp = (nodes.count(degrees.get(name, 1), where) for name in ("pp_degree", "tp_degree"))
         # Megatron's own grid may not tell DeepSpeed about its tensor-parallel ranks.
-        return (pp, tp) if pp * tp >= found or folder.layers else (pp, max(tp, found // pp))
-    saved = nodes.integer(first.root.get("mp_world_size", found), f"{first.path}: mp_world_size")
+        return (pp, tp) if pp * tp >= found or folder.layers else (pp, max(tp, found // max(pp, 1)))
+    saved = nodes.count(first.root.get("mp_world_size", found), f"{first.path}: mp_world_size")
     if not folder.layers:
         return 1, max(found, saved)
     tp = 1 + max(tp for _, tp in folder.layers)

@@ -2,88 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import cache
+from collections.abc import Sequence
 
-from ucp.errors import FitError
-from ucp.layout import Shape
 from ucp.plan import Extent
 from ucp.store import Store
 from ucp.tree import TensorLeaf, Tree
 
-from . import nodes
-from .infer import Choices, Matches, deal
-from .rounding import is_rounded
+from .._numbered import names as numbered
+from .._numbered.names import Candidates, Member, Names, Words, candidates_of
+from .._numbered.rounding import is_rounded
 
-_FLOATS = ("float", "bfloat", "complex")
-_INFERRED = (
-    "names of optimizer states were inferred from shapes, in the module's order of parameters: ZeRO 0 saves no names"
+_WORDS = Words(
+    inferred=(
+        "names of optimizer states were inferred from shapes, in the module's order of parameters: ZeRO 0 saves no "
+        "names"
+    ),
+    remedy=(
+        "name the parameters that were not trained, for example frozen='adapter.*' (on the command line: "
+        "-o 'frozen=adapter.*'), when the DeepSpeed checkpoint is read; or save it with ZeRO 1, which saves names"
+    ),
 )
-_FROM_VALUES = "; where shapes left a choice, the low-precision copies decided"
-_REMEDY = (
-    "name the parameters that were not trained, for example frozen='adapter.*' (on the command line: "
-    "-o 'frozen=adapter.*'), when the DeepSpeed checkpoint is read; or save it with ZeRO 1, which saves names"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """The module's tensors that an optimizer may own, in the module's order."""
-
-    leaves: dict[str, TensorLeaf]
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One numbered parameter: its states, and its fp32 master where there is one."""
-
-    state: Mapping[str, Tree]
-    master: TensorLeaf | None
-
-    def may_be(self, shape: Shape) -> bool:
-        """Whether a parameter of `shape` can have this master or these states; always if there are none."""
-        if self.master is not None:
-            return self.master.extent.shape == shape
-        tensors = {key: v.extent.shape for key, v in self.state.items() if nodes.is_tensor(v) and v.extent.shape}
-        if not tensors:
-            return True
-        if any("row" in key for key in tensors) and any("col" in key for key in tensors):
-            return len(shape) > 1 and set(tensors.values()) <= {shape, *_factors(shape)}
-        return shape in tensors.values()
-
-
-def candidates_of(entries: Mapping[str, Tree], buffers: set[str], frozen: Sequence[str]) -> Candidates:
-    """Tensors of the module that are no buffers, no second name of an earlier one, and match no pattern of `frozen`.
-
-    FitError for a pattern that matches nothing.
-    """
-    for pattern in frozen:
-        if not any(fnmatchcase(name, pattern) for name in entries):
-            raise FitError(f"frozen: no parameter matches {pattern!r}", hint="`ucp ls` shows the names")
-    seen: set[Extent] = set()
-    found: dict[str, TensorLeaf] = {}
-    for name, node in entries.items():
-        if not nodes.is_tensor(node) or name in buffers or node.extent in seen or not node.extent.size:
-            continue
-        seen.add(node.extent)
-        if node.extent.dtype.startswith(_FLOATS) and not any(fnmatchcase(name, pattern) for pattern in frozen):
-            found[name] = node
-    return Candidates(found)
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Names of numbered members.
-
-    `certain` has, for each member of each group, its name, or None where there is doubt. `open` has the candidates that
-    may be one of those members or none, each with what would settle it.
-    """
-
-    certain: list[list[str | None]]
-    open: dict[str, str]
-    notes: list[str]
 
 
 def names_of(
@@ -93,69 +31,18 @@ def names_of(
     hints: Sequence[Sequence[Tree]],
     path: str,
 ) -> Names:
-    """The names of all members by group: what all order-preserving assignments that fit have in common.
-
-    `hints` are the groups' ``param_names`` where saved, which are believed if they fit.
-    """
-    if _hints_hold(candidates, groups, hints):
-        return Names([[str(name) for name in names] for names in hints], {}, [])
-    names, note = list(candidates.leaves), _INFERRED
-    sizes = [len(group) for group in groups]
-    shapes_match = _by_shape(candidates, groups)
-    dealt = deal(len(names), sizes, shapes_match)
-    if dealt is None:
-        return unnamed(names, sizes, path, f"the optimizer's {sum(sizes)} parameters are not in the module's order")
-    if _ambiguous(dealt) and any(member.master for group in groups for member in group):
-        by_value = deal(len(names), sizes, _by_value(store, candidates, groups, shapes_match))
-        dealt, note = (by_value, note + _FROM_VALUES) if by_value is not None else (dealt, note)
-    certain = [[names[possible[0]] if len(possible) == 1 else None for possible in group] for group in dealt]
-    doubtful = {c for group in dealt for possible in group if len(possible) > 1 for c in possible}
-    if not doubtful:
-        return Names(certain, {}, [note])
-    left, remarks = undecided([names[c] for c in sorted(doubtful)], path, "shapes do not tell which of them it owns")
-    return Names(certain, left, [note, *remarks])
+    """See `ucp.converters._numbered.names.names_of`."""
+    return numbered.names_of(store, candidates, groups, hints, path, words=_WORDS)
 
 
 def unnamed(names: Sequence[str], sizes: Sequence[int], path: str, why: str) -> Names:
     """Nothing is certain of groups of `sizes`."""
-    return Names([[None] * size for size in sizes], *undecided(names, path, why))
+    return numbered.unnamed(names, sizes, path, why, words=_WORDS)
 
 
 def undecided(names: Sequence[str], path: str, why: str) -> tuple[dict[str, str], list[str]]:
     """For names of which the optimizer's part is not known: what would settle each, and a remark."""
-    remark = (
-        f"{path}: the optimizer states of {' '.join(names[:8])}{' …' if len(names) > 8 else ''} "
-        f"({len(names)} of the module's parameters) cannot be told apart: {why}. They are carried as they are, in "
-        f"state['optimizer']['unnamed']. To settle it, {_REMEDY}"
-    )
-    return dict.fromkeys(names, _REMEDY), [remark]
-
-
-def _ambiguous(dealt: Choices) -> bool:
-    return any(len(possible) > 1 for group in dealt for possible in group)
-
-
-def _by_shape(candidates: Candidates, groups: Sequence[Sequence[Member]]) -> Matches:
-    shapes = [leaf.extent.shape for leaf in candidates.leaves.values()]
-
-    @cache
-    def fits(shape: Shape, g: int, i: int) -> bool:
-        return groups[g][i].may_be(shape)
-
-    return lambda c, g, i: fits(shapes[c], g, i)
-
-
-def _by_value(
-    store: Store, candidates: Candidates, groups: Sequence[Sequence[Member]], shapes_match: Matches
-) -> Matches:
-    leaves = list(candidates.leaves.values())
-
-    @cache
-    def fits(c: int, g: int, i: int) -> bool:
-        master = groups[g][i].master
-        return master is not None and shapes_match(c, g, i) and is_rounded(store, master, leaves[c])
-
-    return fits
+    return numbered.undecided(names, path, why, words=_WORDS)
 
 
 def flat_names(store: Store, candidates: Candidates, masters: Sequence[TensorLeaf]) -> list[list[str] | None]:
@@ -177,24 +64,6 @@ def flat_names(store: Store, candidates: Candidates, masters: Sequence[TensorLea
     return [fitting[0] if len(fitting) == 1 and wanted.count(fitting[0]) == 1 else None for fitting in found]
 
 
-def _hints_hold(candidates: Candidates, groups: Sequence[Sequence[Member]], hints: Sequence[Sequence[Tree]]) -> bool:
-    """Whether saved names are names of this module, one per member, with shapes that fit."""
-    names = [name for group in hints for name in group]
-    if [len(group) for group in hints] != [len(group) for group in groups] or len(set(names)) != len(names):
-        return False
-    return all(
-        name in candidates.leaves and member.may_be(candidates.leaves[name].extent.shape)
-        for group, members in zip(hints, groups, strict=True)
-        for name, member in zip(group, members, strict=True)
-    )
-
-
-def _factors(shape: Shape) -> set[Shape]:
-    """Shapes of row and column factors: torch/optim/_adafactor.py keeps dims of one, transformers drops them."""
-    row, column = shape[:-1], (*shape[:-2], shape[-1])
-    return {row, column, (*row, 1), (*shape[:-2], 1, shape[-1])}
-
-
 def _runs(candidates: Candidates) -> list[list[str]]:
     """Names whose tensors lie back to back in the file, each run one flat storage."""
     ordered = sorted(candidates.leaves, key=lambda name: candidates.leaves[name].extent.offset)
@@ -213,3 +82,6 @@ def _joined(leaves: Sequence[TensorLeaf]) -> TensorLeaf:
     first = leaves[0].extent
     size = sum(leaf.extent.size for leaf in leaves)
     return TensorLeaf(Extent.contiguous(first.object, first.offset, (size,), first.dtype))
+
+
+__all__ = ["Candidates", "Member", "Names", "candidates_of", "flat_names", "names_of", "undecided", "unnamed"]

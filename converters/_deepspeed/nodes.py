@@ -29,6 +29,18 @@ def integer(node: Tree, where: str) -> int:
     return node
 
 
+MOST = 1 << 20
+"""More ranks or experts than any job has."""
+
+
+def count(node: Tree, where: str) -> int:
+    """A number of ranks or experts; CorruptError for more than any job has, over which loops would not end."""
+    found = integer(node, where)
+    if not 0 <= found <= MOST:
+        raise CorruptError(f"{where}: {found} ranks or experts, which no job has", hint="do not trust this file")
+    return found
+
+
 def shape(node: Tree, where: str) -> Shape:
     """A ``torch.Size`` or any sequence of ints (deepspeed/runtime/engine.py, ``_get_zero_param_shapes``)."""
     if not isinstance(node, tuple | list) or not all(isinstance(n, int) and n >= 0 for n in node):
@@ -41,6 +53,15 @@ def mapping(node: Tree, where: str) -> Mapping[Any, Tree]:
     if not isinstance(node, Mapping):
         raise CorruptError(f"{where}: {type(node).__name__} where a dict is expected")
     return node
+
+
+def named(node: Tree, where: str) -> Mapping[str, Tree]:
+    """A dict whose keys are text, as those of states are; CorruptError naming `where` otherwise."""
+    found = mapping(node, where)
+    for key in found:
+        if not isinstance(key, str):
+            raise CorruptError(f"{where}: {key!r:.80} where a name is expected")
+    return found
 
 
 def sequence(node: Tree, where: str) -> list[Tree] | tuple[Tree, ...]:

@@ -83,6 +83,7 @@ def merge_stages(
     for number, stage in enumerate(stages):
         merged.notes += [note for note in stage.notes if note not in merged.notes]
         merged.undecided.update(stage.undecided)
+        merged.degrees |= stage.degrees
         for name, shape in stage.shapes.items():
             if name not in merged.shapes:
                 merged.shapes[name] = shape
@@ -97,7 +98,7 @@ def merge_stages(
             ):
                 own.setdefault(number, {})[name] = {s: _pieces(stored) for s, stored in stage.states[name].items()}
             else:
-                _add_replicas(merged.states[name], stage.states[name])
+                add_replicas(merged.states[name], stage.states[name])
     if own:
         names = sorted({name for copies in own.values() for name in copies})
         merged.notes.append(
@@ -127,10 +128,11 @@ def _names(groups: Iterable[ParamGroup]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for group in groups for name in group.params))
 
 
-def _add_replicas(states: dict[str, Stored], copies: Mapping[str, Stored]) -> None:
+def add_replicas(states: dict[str, Stored], copies: Mapping[str, Stored]) -> None:
+    """Add another rank's `copies` of a parameter to its `states`; CorruptError if it has others."""
     for state, stored in copies.items():
         if state not in states or states[state].spec != stored.spec:
-            raise CorruptError(f"a tied parameter has other states in another stage: {state}")
+            raise CorruptError(f"a parameter that several ranks hold has another {state} in one of them")
         replica = 1 + max((fragment.replica for fragment in states[state].fragments), default=0)
         added = tuple(replace(fragment, replica=replica) for fragment in stored.fragments)
         states[state] = Stored(stored.spec, states[state].fragments + added)

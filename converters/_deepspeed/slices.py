@@ -28,11 +28,17 @@ _OTHER = (
 
 
 def check_slices(
-    groups: Sequence[FlatGroup], inner: Sequence[Mapping[str, Tree]], files: Sequence[RankFile], round_robin: bool
+    partitions: Sequence[Sequence[tuple[FlatGroup, int]]],
+    inner: Sequence[Mapping[str, Tree]],
+    files: Sequence[RankFile],
+    round_robin: bool,
 ) -> list[str]:
-    """Remarks on mappings that disagree with `groups`; CorruptError if they name other parameters."""
+    """Remarks on mappings that disagree with `partitions`; CorruptError if they name other parameters.
+
+    `partitions` has for each rank its groups, and which partition of each it holds.
+    """
     agree = True
-    for rank, (tree, file) in enumerate(zip(inner, files, strict=True)):
+    for groups, tree, file in zip(partitions, inner, files, strict=True):
         saved = tree.get("param_slice_mappings")
         if saved is None:
             continue
@@ -40,8 +46,8 @@ def check_slices(
         listed = nodes.sequence(saved, where)
         if len(listed) != len(groups):
             raise CorruptError(f"{where}: {len(listed)} groups where there are {len(groups)}")
-        for group, slices in zip(groups, listed, strict=True):
-            agree &= _agrees(group, rank, nodes.mapping(slices, where), where)
+        for (group, part), slices in zip(groups, listed, strict=True):
+            agree &= _agrees(group, part, nodes.mapping(slices, where), where)
     return [] if agree else [_ROUND_ROBIN if round_robin else _OTHER]
 
 

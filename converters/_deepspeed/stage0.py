@@ -21,10 +21,11 @@ from ucp.store import Store
 from ucp.tree import TensorLeaf, Tree
 
 from . import nodes
+from .experts import named_degree
 from .flat import flat_group
 from .found import Found, Stored, place, place_group, scalar_of
 from .load import RankFile, Save
-from .naming import Candidates, Member, flat_names, names_of, undecided
+from .naming import Candidates, Member, Names, flat_names, names_of, undecided
 from .same import Comparison
 from .stages import stage_names
 
@@ -50,13 +51,20 @@ class Saved:
 
     def state(self, number: int) -> Mapping[str, Tree]:
         """States of one parameter; empty if it never had a gradient."""
-        return nodes.mapping(self.states.get(number, {}), f"{self.path}: optimizer state {number}")
+        return nodes.named(self.states.get(number, {}), f"{self.path}: optimizer state {number}")
 
 
-def read_plain_optimizers(store: Store, save: Save, comparison: Comparison, candidates: Candidates) -> dict[int, Found]:
+def read_plain_optimizers(
+    store: Store,
+    save: Save,
+    comparison: Comparison,
+    candidates: Candidates,
+    *,
+    degrees: Mapping[str, int] | None = None,
+) -> dict[int, Found]:
     """The optimizer of every pipeline stage, with the names found among `candidates`.
 
-    FitError for an unknown structure.
+    `degrees` has the expert-parallel degree of candidates that are experts. FitError for an unknown structure.
     """
     saved = [_saved(save.model(mp)) for mp in range(save.mesh["pp"])]
     present = [one for one in saved if one is not None]
@@ -65,13 +73,19 @@ def read_plain_optimizers(store: Store, save: Save, comparison: Comparison, cand
     if len(present) < len(saved) or len({(one.flat, len(one.groups)) for one in present}) > 1:
         raise FitError(f"{present[0].path}: pipeline stages have optimizers of different kinds")
     if not present[0].flat:
-        return _read_plain(store, present, comparison, candidates)
+        return _read_plain(store, present, comparison, candidates, degrees or {})
     if len(present) > 1:
         raise FitError(
             f"{present[0].path}: FP16_Optimizer in a pipeline does not say how parameters lie in its flat masters",
             hint="save with ZeRO 1",
         )
     return {0: _read_flat(store, present[0], comparison, candidates)}
+
+
+def base_groups_of(file: RankFile) -> list[Mapping[str, Tree]]:
+    """Parameter groups of the optimizer in a model file; FitError for an unknown structure."""
+    saved = _saved(file)
+    return [] if saved is None else list(saved.groups)
 
 
 def _saved(file: RankFile) -> Saved | None:
@@ -106,13 +120,17 @@ def _untrained(candidates: Candidates) -> Found:
 
 
 def _read_plain(
-    store: Store, saved: Sequence[Saved], comparison: Comparison, candidates: Candidates
+    store: Store,
+    saved: Sequence[Saved],
+    comparison: Comparison,
+    candidates: Candidates,
+    degrees: Mapping[str, int],
 ) -> dict[int, Found]:
     stages = [_members(one) for one in saved]
     hints = [[group.get("param_names") or () for group in one.groups] for one in saved]
     tied: set[str] = set()
     if len(saved) == 1:
-        named = [names_of(store, candidates, stages[0], hints[0], saved[0].path)]
+        named = [_names_by_degree(store, candidates, saved[0], stages[0], degrees)]
     else:
         named, tied = stage_names(store, candidates, stages, hints, saved[0].path)
     found: dict[int, Found] = {}
@@ -128,6 +146,30 @@ def _read_plain(
             stage.groups.append(ParamGroup(certain, _options(one.groups[g])))
         _leave_open(stage, names.open, candidates)
     return found
+
+
+def _names_by_degree(
+    store: Store,
+    candidates: Candidates,
+    one: Saved,
+    groups: Sequence[Sequence[Member]],
+    degrees: Mapping[str, int],
+) -> Names:
+    """Names of a rank's members. A group of experts has experts of one degree alone, the other groups none."""
+    hints = [group.get("param_names") or () for group in one.groups]
+    kinds = [named_degree(group) for group in one.groups]
+    if not any(kinds):
+        return names_of(store, candidates, groups, hints, one.path)
+    whole = Names([[] for _ in groups], {}, [])
+    for kind in dict.fromkeys(kinds):
+        chosen = [g for g, own in enumerate(kinds) if own == kind]
+        some = Candidates({n: leaf for n, leaf in candidates.leaves.items() if degrees.get(n) == kind})
+        found = names_of(store, some, [groups[g] for g in chosen], [hints[g] for g in chosen], one.path)
+        for g, names in zip(chosen, found.certain, strict=True):
+            whole.certain[g] = names
+        whole.open.update(found.open)
+        whole.notes.extend(note for note in found.notes if note not in whole.notes)
+    return whole
 
 
 def _carry(found: Found, where: dict[str, Tree], master: Tree, states: Mapping[str, Tree]) -> None:

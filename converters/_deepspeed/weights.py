@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 
 from ucp.catalog import Kind
 from ucp.errors import CorruptError
-from ucp.layout import Box, Shape
+from ucp.layout import Box, FlatRange, Shape
 from ucp.plan import Extent, Fragment, TensorSpec
 from ucp.tree import TensorLeaf, Tree
 
 from . import nodes
+from .autoep import stacked_copies
+from .experts import experts_of, of_all_experts, shared_by_all
 from .flat import PartitionedGroup
 from .load import RankFile, Save
 from .same import Comparison
@@ -66,10 +68,11 @@ def read_weights(
     CorruptError for a tensor whose shape contradicts what the checkpoint says of it.
     """
     weights = Weights()
+    buffers, experts = buffer_names(save), experts_of(save)
+    shared = shared_by_all(save.shared, experts)
     for mp in range(save.mesh["pp"]):
-        _read_frozen(save, mp, weights)
-    buffers = buffer_names(save)
-    shared = save.shared
+        _read_frozen(save, mp, weights, experts.stacked)
+    _read_stacked(save, weights, optimized, experts.stacked)
     by_extent: dict[Extent, str] = {}
     later: dict[str, TensorLeaf] = {}
     for name, node in entries.items():
@@ -97,11 +100,12 @@ def read_weights(
 
 def buffer_names(save: Save) -> set[str]:
     """Names of persistent buffers (``_get_buffer_names``); versions before 0.5 do not save them."""
-    return {
+    names = {
         str(name)
         for file in save.models.values()
         for name in nodes.sequence(file.root.get("buffer_names") or (), f"{file.path}: buffer_names")
     }
+    return of_all_experts(names, experts_of(save))
 
 
 def whole(leaf: TensorLeaf) -> Held:
@@ -140,14 +144,54 @@ def _is_placeholder(leaf: TensorLeaf, shape: Shape, save: Save) -> bool:
     return save.stage == 3 and leaf.extent.shape == (0,) != shape
 
 
-def _read_frozen(save: Save, mp: int, weights: Weights) -> None:
-    """Frozen parameters with a place of their own: whole under ZeRO 2, in parts under ZeRO 3."""
+def _read_stacked(save: Save, weights: Weights, optimized: Mapping[str, Shape], stacked: Mapping[str, int]) -> None:
+    """Experts of AutoEP: copies of what is trained, and frozen ones."""
+    for name, spec, fragments in stacked_copies(save, stacked):
+        held = Held(spec, fragments)
+        if name not in optimized:
+            weights.values[name], weights.kinds[name] = _with_first_rank(save, name, held), "frozen"
+            continue
+        weights.dtypes.add(spec.dtype)
+        if spec.shape != optimized[name]:
+            raise CorruptError(
+                f"{fragments[0].extent.object}: {name} has shape {list(spec.shape)} in the files of its experts, "
+                f"{list(optimized[name])} in param_shapes"
+            )
+        weights.copies[name] = held
+
+
+def _with_first_rank(save: Save, name: str, held: Held) -> Held:
+    """A stacked frozen parameter with what the model file has of it as well: the experts of rank 0."""
+    for pp in range(save.mesh["pp"]):
+        model = save.model(pp)
+        where = f"{model.path}: frozen_param_fragments"
+        node = nodes.mapping(model.root.get("frozen_param_fragments") or {}, where).get(name)
+        if node is None:
+            continue
+        extent = nodes.tensor(node, f"{where} {name}").extent
+        if (extent.shape[1:], extent.dtype, extent.is_contiguous) != (held.spec.shape[1:], held.spec.dtype, True):
+            raise CorruptError(f"{where}: {name} is of another shape or dtype than in the files of its experts")
+        flat = Extent.contiguous(extent.object, extent.offset, (extent.size,), extent.dtype)
+        copy = Fragment(FlatRange(0, extent.size), flat, replica=1)
+        if extent.size > held.spec.size:
+            raise CorruptError(f"{where}: {name} holds more experts than there are")
+        return Held(held.spec, (*held.fragments, copy))
+    return held
+
+
+def _read_frozen(save: Save, mp: int, weights: Weights, stacked: Mapping[str, int]) -> None:
+    """Frozen parameters with a place of their own: whole under ZeRO 2, in parts under ZeRO 3.
+
+    Of `stacked` ones it has the experts of rank 0 alone, and their files have all.
+    """
     files = save.shards(mp)
     shapes = files[0].root.get("frozen_param_shapes")
     if shapes is None:
         return
     where = f"{files[0].path}: frozen_param_shapes"
     for name, node in nodes.mapping(shapes, where).items():
+        if name in stacked:
+            continue
         shape = nodes.shape(node, f"{where} {name}")
         leaves = [_frozen_fragment(file, name) for file in files]
         if save.stage == 3 and leaves[0].extent.shape != shape:

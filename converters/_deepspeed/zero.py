@@ -9,6 +9,7 @@ Keys: ``state_dict`` of deepspeed/runtime/zero/stage_1_and_2.py, of deepspeed/ru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ucp.catalog import ParamGroup
 from ucp.errors import ConflictError, CorruptError, FitError
@@ -16,6 +17,7 @@ from ucp.layout import Shape
 from ucp.tree import Tree
 
 from . import nodes
+from .experts import check_ranks, degree_of, experts_of
 from .flat import FlatGroup, flat_group, partitioned_group
 from .found import Found, Layout, place, place_group
 from .load import MIXED_HINT, RankFile, Save
@@ -33,9 +35,24 @@ _CONSUMED = frozenset(
         "param_alignment_paddings",
         "partition_count",
         "param_slice_mappings",
+        "ds_zero_partition_groups",
         "zero_stage",
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Ranks that partition parameters among them: `layout` has those by the ranks' own names, `names` the whole's.
+
+    It is `number` of `count` of its group.
+    """
+
+    ranks: tuple[int, ...]
+    layout: Layout
+    names: Mapping[str, str]
+    number: int = 0
+    count: int = 1
 
 
 def read_optimizer(save: Save, mp: int, comparison: Comparison, module: Mapping[str, Shape]) -> Found:
@@ -51,17 +68,13 @@ def read_optimizer(save: Save, mp: int, comparison: Comparison, module: Mapping[
     shapes = _shapes(save.model(mp), module, files, len(masters[0]))
     _check_second_copy(save.model(mp), files[0], inner[0], comparison)
     found = Found()
-    layouts = _layouts(save, mp, shapes, masters, inner)
-    for index, layout in enumerate(layouts):
-        where = f"{files[0].path}: group {index}"
-        found.shapes.update(layout.shapes)
-        place(found, layout, "value", [master[index] for master in masters], where)
-    left = _place_states(found, layouts, files, inner, comparison)
-    found.groups = _groups(files[0], inner[0], layouts)
+    groups = _lanes(save, mp, shapes, masters, inner)
+    experts = experts_of(save)
+    found.degrees = {len(lanes) for lanes in groups if any(map(experts.own, lanes[0].names))}
+    left = _place_all(found, groups, masters, files, inner, comparison, experts.stacked)
+    found.groups = _groups(files[0], inner[0], groups)
     if save.stage != 3:
-        found.notes += check_slices(
-            [g for g in layouts if isinstance(g, FlatGroup)], inner, files, _round_robin(save, mp)
-        )
+        found.notes += check_slices(_partitions(groups, len(files)), inner, files, _round_robin(save, mp))
     for rank, (file, tree) in enumerate(zip(files, inner, strict=True)):
         found.rest[rank] = _rest(file, tree, left[rank], save.model(mp).root)
     if isinstance(_base(inner[0]), list):
@@ -111,30 +124,65 @@ def _shapes(
     return shapes
 
 
-def _layouts(
+def _lanes(
     save: Save,
     mp: int,
     shapes: Sequence[Mapping[str, Shape]],
     masters: Sequence[Sequence[Tree]],
     inner: Sequence[Mapping[str, Tree]],
-) -> list[Layout]:
-    path = save.ranks(mp)[0].path
+) -> list[list[Lane]]:
+    """Each flat group by the ranks that partition it: one lane, or for experts one per expert-parallel rank."""
+    files = save.ranks(mp)
+    path = files[0].path
     for rank, master in enumerate(masters):
         if len(master) != len(shapes):
-            raise CorruptError(f"{save.ranks(mp)[rank].path}: {len(master)} groups, but {path} holds {len(shapes)}")
-    layouts: list[Layout] = []
+            raise CorruptError(f"{files[rank].path}: {len(master)} groups, but {path} holds {len(shapes)}")
+    experts, options = experts_of(save), _options_of_flat(files[0], inner[0], len(shapes))
+    groups: list[list[Lane]] = []
     for index, group in enumerate(shapes):
         where = f"{path}: group {index}"
-        lengths = [nodes.tensor(master[index], where).extent.size for master in masters]
-        if save.stage == 3:
-            layouts.append(partitioned_group(group, lengths=lengths, where=where))
-            continue
-        gaps = _of_group(inner[0], "param_alignment_paddings", index, where)
-        ends = [_of_group(tree, "group_paddings", index, where) for tree in inner]
-        paddings = None if gaps is None else [nodes.integer(n, where) for n in nodes.sequence(gaps, where)]
-        whole = None if None in ends else [nodes.integer(n, where) for n in ends]
-        layouts.append(flat_group(group, paddings=paddings, lengths=lengths, ends=whole, where=where))
-    return layouts
+        ep = degree_of(inner[0], index, options[index], group, experts, save.dp, where)
+        lanes = []
+        for e, ranks in enumerate(experts.lanes(save.dp, ep)):
+            for rank in ranks:
+                check_ranks(inner[rank], index, ranks, f"{files[rank].path}: group {index}")
+            held = [(masters[rank][index], inner[rank]) for rank in ranks]
+            layout = _layout(group, held, index, save.stage, f"{files[ranks[0]].path}: group {index}")
+            lanes.append(Lane(ranks, layout, experts.names(group, e, ep, where), e, ep))
+        groups.append(lanes)
+    return groups
+
+
+def _layout(
+    group: Mapping[str, Shape], held: Sequence[tuple[Tree, Mapping[str, Tree]]], index: int, stage: int, where: str
+) -> Layout:
+    """How a group's parameters lie in the partitions of some ranks, each given with what is beside it."""
+    lengths = [nodes.tensor(master, where).extent.size for master, _ in held]
+    if stage == 3:
+        return partitioned_group(group, lengths=lengths, where=where)
+    gaps = _of_group(held[0][1], "param_alignment_paddings", index, where)
+    ends = [_of_group(tree, "group_paddings", index, where) for _, tree in held]
+    paddings = None if gaps is None else [nodes.integer(n, where) for n in nodes.sequence(gaps, where)]
+    whole = None if None in ends else [nodes.integer(n, where) for n in ends]
+    return flat_group(group, paddings=paddings, lengths=lengths, ends=whole, where=where)
+
+
+def _options_of_flat(file: RankFile, tree: Mapping[str, Tree], count: int) -> list[Mapping[str, Tree]]:
+    """Of each flat group, the parameter group that it is of; empty where these are not saved."""
+    base = _base(tree)
+    found: list[Mapping[str, Tree]] = [{} for _ in range(count)]
+    for group in nodes.sequence(base.get("param_groups", ()), file.path) if isinstance(base, Mapping) else ():
+        options = nodes.mapping(group, file.path)
+        for index in nodes.sequence(options.get("params", ()), file.path):
+            if isinstance(index, int) and index in range(count):
+                found[index] = options
+    return found
+
+
+def _partitions(groups: Sequence[Sequence[Lane]], dp: int) -> list[list[tuple[FlatGroup, int]]]:
+    """For each rank the layouts of all groups, and which partition of each it holds."""
+    at = [{rank: (lane.layout, n) for lane in lanes for n, rank in enumerate(lane.ranks)} for lanes in groups]
+    return [[(g, n) for g, n in (held[rank] for held in at) if isinstance(g, FlatGroup)] for rank in range(dp)]
 
 
 def _of_group(tree: Mapping[str, Tree], key: str, index: int, where: str) -> Tree:
@@ -151,28 +199,57 @@ def _base(tree: Mapping[str, Tree]) -> Tree:
     return tree.get("base_optimizer_state", tree.get("optimizer_state_dict"))
 
 
-def _place_states(
+def _place_all(
     found: Found,
-    layouts: Sequence[Layout],
+    groups: Sequence[Sequence[Lane]],
+    masters: Sequence[Sequence[Tree]],
     files: Sequence[RankFile],
     inner: Sequence[Mapping[str, Tree]],
     comparison: Comparison,
+    stacked: Mapping[str, int],
 ) -> list[dict[int, dict[str, Tree]]]:
-    """Place all groups' states; what is left of them by rank and group."""
+    """Place all groups' masters and states; what is left of them by rank and group."""
     left: list[dict[int, dict[str, Tree]]] = [{} for _ in files]
-    per_rank = [_states(file, tree, len(layouts)) for file, tree in zip(files, inner, strict=True)]
-    for index, layout in enumerate(layouts):
-        where = f"{files[0].path}: group {index}"
-        states = [groups[index] for groups in per_rank]
-        for rank, rest in enumerate(place_group(found, layout, states, comparison, where)):
-            if rest:
-                left[rank][index] = rest
+    per_rank = [_states(file, tree, len(groups)) for file, tree in zip(files, inner, strict=True)]
+    for index, lanes in enumerate(groups):
+        for lane in lanes:
+            where = f"{files[lane.ranks[0]].path}: group {index}"
+            held = Found(shapes=dict(lane.layout.shapes))
+            place(held, lane.layout, "value", [masters[rank][index] for rank in lane.ranks], where)
+            states = [per_rank[rank][index] for rank in lane.ranks]
+            for rank, rest in zip(lane.ranks, place_group(held, lane.layout, states, comparison, where), strict=True):
+                if rest:
+                    left[rank][index] = rest
+            _adopt(found, held, lane, stacked)
+        _check_steps(found, lanes, f"{files[0].path}: group {index}")
     if any(left):
-        names = sorted({str(key) for groups in left for rest in groups.values() for key in rest})
+        names = sorted({str(key) for groups_left in left for rest in groups_left.values() for key in rest})
         found.notes.append(
             f"optimizer state {', '.join(names)} is of flat partitions and not of parameters; it is carried as it is"
         )
     return left
+
+
+def _adopt(found: Found, held: Found, lane: Lane, stacked: Mapping[str, int]) -> None:
+    """Take over what a lane holds; of a stacked parameter, which is first of its group's lanes or follows them."""
+    for name in [name for name in held.shapes if name in stacked]:
+        if held.shapes[name][:1] != (stacked[name] // lane.count,):
+            raise CorruptError(
+                f"{name}: has shape {list(held.shapes[name])} on each of {lane.count} ranks, and {stacked[name]} "
+                "experts in all",
+                hint=MIXED_HINT,
+            )
+        found.adopt_stacked(held, name, lane.number, lane.count)
+        del held.shapes[name]
+    found.adopt(held, lane.names)
+
+
+def _check_steps(found: Found, lanes: Sequence[Lane], where: str) -> None:
+    """ConflictError if experts of one group stand at different steps."""
+    first = [found.scalars.get(name, {}).get("step") for lane in lanes for name in list(lane.names.values())[:1]]
+    if any(step != first[0] for step in first):
+        steps = " and ".join(sorted({str(step.value if step else None) for step in first}))
+        raise ConflictError(f"{where}: experts of different ranks stand at different steps ({steps})", hint=MIXED_HINT)
 
 
 def _states(file: RankFile, tree: Mapping[str, Tree], count: int) -> list[Mapping[str, Tree]]:
@@ -192,20 +269,21 @@ def _states(file: RankFile, tree: Mapping[str, Tree], count: int) -> list[Mappin
     return [nodes.mapping(numbered.get(index, {}), where) for index in range(count)]
 
 
-def _groups(file: RankFile, tree: Mapping[str, Tree], layouts: Sequence[Layout]) -> list[ParamGroup]:
+def _groups(file: RankFile, tree: Mapping[str, Tree], flat: Sequence[Sequence[Lane]]) -> list[ParamGroup]:
     """Parameter groups by name. A group's ``params`` are numbers of flat groups: one, or all its sub-groups."""
     base = _base(tree)
+    named = [tuple(dict.fromkeys(name for lane in lanes for name in lane.names.values())) for lanes in flat]
     if not isinstance(base, Mapping):
-        return [ParamGroup(tuple(layout.shapes), {}) for layout in layouts]
+        return [ParamGroup(names, {}) for names in named]
     where = f"{file.path}: param_groups"
     groups = []
     for group in nodes.sequence(base.get("param_groups", ()), where):
         options = dict(nodes.mapping(group, where))
         indices = [nodes.integer(i, where) for i in nodes.sequence(options.pop("params", ()), where)]
-        if any(i not in range(len(layouts)) for i in indices):
-            raise CorruptError(f"{where}: refers to groups {indices}, but there are {len(layouts)}")
-        groups.append(ParamGroup(tuple(name for i in indices for name in layouts[i].shapes), options))
-    if sorted(n for g in groups for n in g.params) != sorted(n for layout in layouts for n in layout.shapes):
+        if any(i not in range(len(named)) for i in indices):
+            raise CorruptError(f"{where}: refers to groups {indices}, but there are {len(named)}")
+        groups.append(ParamGroup(tuple(name for i in indices for name in named[i]), options))
+    if sorted(n for g in groups for n in g.params) != sorted(n for names in named for n in names):
         raise CorruptError(f"{where}: the groups do not hold every parameter once")
     return groups
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ucp.container.leaves import leaf_bytes
+from ucp.container.leaves import LeafBytes
 from ucp.container.values import Reference
 from ucp.store import Store
 from ucp.tree import Opaque, TensorLeaf, Tree
@@ -111,20 +111,24 @@ def _opaque(node: Opaque, path: str, drop: Drop) -> Opaque:
 
 
 def inlined(node: Tree, store: Store) -> Tree:
-    """What `carry` gave, with the bytes of its tensors read from `store`."""
+    """What `carry` gave, with the bytes of its tensors read from `store`. CorruptError as `LeafBytes` raises it."""
+    return _inlined(node, LeafBytes(store))
+
+
+def _inlined(node: Tree, read: LeafBytes) -> Tree:
     if isinstance(node, TensorLeaf):
-        return replace(node, inline=leaf_bytes(store, node))
+        return replace(node, inline=read(node))
     if isinstance(node, dict):
         # Through the type, so that an OrderedDict stays one.
-        return type(node)((key, inlined(value, store)) for key, value in node.items())
+        return type(node)((key, _inlined(value, read)) for key, value in node.items())
     if isinstance(node, list | tuple):
-        return type(node)(inlined(item, store) for item in node)
+        return type(node)(_inlined(item, read) for item in node)
     if isinstance(node, Opaque) and not isinstance(node, Reference):
         return replace(
             node,
-            args=inlined(node.args, store),
-            state=inlined(node.state, store),
-            items=inlined(node.items, store),
-            pairs=inlined(node.pairs, store),
+            args=_inlined(node.args, read),
+            state=_inlined(node.state, read),
+            items=_inlined(node.items, read),
+            pairs=_inlined(node.pairs, read),
         )
     return node

@@ -11,7 +11,8 @@ from ucp.errors import FitError, NotFoundError
 from ucp.lazy import LazyTensor, lazy_tree
 from ucp.tree import Opaque
 
-from .placed import Stored, stored_for
+from .._deepspeed.experts import EXPERT, LAYER, named_degree
+from .placed import Stored, stored_experts, stored_for
 
 if TYPE_CHECKING:
     import torch
@@ -76,17 +77,42 @@ def _check_order(optimizer: Any) -> None:
 def _unrestored(engine: Any, checkpoint: Checkpoint, *, strict: bool) -> Iterator[tuple[torch.Tensor, Stored]]:
     """Frozen parameters and persistent buffers of the job, each with where the checkpoint keeps it."""
     missing = []
-    for name, tensor in _untrained(engine.module):
+    for own, tensor in _untrained(engine.module):
+        name = _in_checkpoint(engine.module, own)
         if name not in checkpoint:
             missing.append(name)
             continue
-        yield tensor, stored_for(name, tensor, checkpoint[name]["value"], checkpoint.url)
+        layer = _auto_layer(engine.module, own)
+        whole = checkpoint[name]["value"]
+        if layer is not None:
+            yield tensor, stored_experts(layer, name, tensor, whole, checkpoint.url)
+        else:
+            yield tensor, stored_for(name, tensor, whole, checkpoint.url)
     if missing and strict:
         raise NotFoundError(
             f"{checkpoint.url}: has no {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}, "
             f"{len(missing)} frozen parameters and buffers of the job in all",
             hint="load them from elsewhere and give strict=False",
         )
+
+
+def _auto_layer(module: torch.nn.Module, name: str) -> Any:
+    """The layer that AutoEP made of which `name` is a stacked parameter, or None."""
+    path, _, own = name.rpartition(".experts.")
+    layer = module.get_submodule(path) if own in ("w1", "w2", "w3") else None
+    return layer if hasattr(layer, "ep_rank") and hasattr(layer, "ep_size") else None
+
+
+def _in_checkpoint(module: torch.nn.Module, name: str) -> str:
+    """What the checkpoint calls a parameter or buffer of the job, which has local numbers for its experts."""
+    match = EXPERT.fullmatch(name)
+    if match is None:
+        return name
+    from deepspeed.utils import groups
+
+    layer: Any = module.get_submodule(match[1].removesuffix(LAYER).removesuffix("."))
+    rank = int(groups._get_expert_parallel_rank(layer.expert_group_name))
+    return f"{match[1]}{rank * int(layer.num_local_experts) + int(match[2])}{match[3]}"
 
 
 def _untrained(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -147,7 +173,9 @@ def _holder(number: int, names: list[str], owner: Mapping[str, ParamGroup], cata
 def _plain(checkpoint: Checkpoint, options: Mapping[str, Any]) -> dict[str, Any]:
     values = lazy_tree(checkpoint.catalog, checkpoint.store, dict(options), "param_groups")
     read = {key: value[...] if isinstance(value, LazyTensor) else value for key, value in values.items()}
-    return {key: value for key, value in read.items() if key != "params" and not isinstance(value, Opaque)}
+    # A group of experts is called after the job's own degree.
+    left = {"params", "name"} if named_degree(options) is not None else {"params"}
+    return {key: value for key, value in read.items() if key not in left and not isinstance(value, Opaque)}
 
 
 def _own_steps(optimizer: Any) -> None:

@@ -55,7 +55,7 @@ def content(catalog: Catalog) -> Content:
     FitError for states that DeepSpeed has no place for: of another shape than the parameter, missing where they do not
     start as zero, with different steps within a group, or where the source does not tell whose states are whose.
     """
-    _refuse_undecided(catalog)
+    catalog.require_decided()
     notes: list[str] = []
     groups = _groups(catalog)
     folders: dict[str, Folder] = {}
@@ -69,16 +69,6 @@ def content(catalog: Catalog) -> Content:
     _note_scalars(catalog, notes)
     step, zero3 = _zero3(folders, notes)
     return Content(tuple(folders.values()), groups, step, zero3, tuple(notes))
-
-
-def _refuse_undecided(catalog: Catalog) -> None:
-    """FitError for optimizer states that nobody can place: the job would start them anew without a word."""
-    for tensor in catalog.tensors.values():
-        if tensor.undecided is not None:
-            raise FitError(
-                f"{catalog.url}: it cannot be told which optimizer states are those of {tensor.name}, if any",
-                hint=tensor.undecided,
-            )
 
 
 def _groups(catalog: Catalog) -> tuple[ParamGroup, ...]:

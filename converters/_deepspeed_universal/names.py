@@ -54,6 +54,11 @@ def check_name(name: str) -> None:
         raise FitError(
             f"{name!r} is not a valid Unicode name: {error.reason}", hint="rename the module before it is saved"
         ) from error
+    if "\\" in name or not name.isprintable():
+        raise FitError(
+            f"{name!r}: DeepSpeed makes a folder of a parameter's name, and this has characters that no path should",
+            hint="rename the module, or resume from the universal form with ucp.load",
+        )
     if any(len(part.encode()) > _MOST_NAME_BYTES for part in parts):
         raise FitError(
             f"{name[:60]!r}…: DeepSpeed makes a folder of a parameter's name, and this one is longer than file "

@@ -1,6 +1,8 @@
-"""The part of a stored tensor that a tensor-parallel job holds, where AutoTP marks it on the parameter.
+"""The part of a stored tensor that a rank of a job holds.
 
-The mark: ``ds_autotp_universal_checkpoint_meta`` with ``conversion.affine_map`` (deepspeed/module_inject/layers.py).
+Of experts where AutoEP made the layer, which knows its rank (deepspeed/module_inject/auto_ep_layer.py); of a cut tensor
+where AutoTP marks it on the parameter, with ``ds_autotp_universal_checkpoint_meta`` and its ``conversion.affine_map``
+(deepspeed/module_inject/layers.py).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from ucp.lazy import LazyTensor
 
 from .._deepspeed import nodes
 from .._deepspeed.affine import from_affine
-from .._deepspeed.cuts import Along, merged
+from .._deepspeed.cuts import Along, merged, side_by_side
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,17 @@ def stored_for(name: str, tensor: Any, whole: LazyTensor, url: str) -> Stored:
         if isinstance(cut, Along) and fits and merged(cut.runs[rank]):
             return Stored(whole, cut, rank)
     raise FitError(f"{name}: has shape {list(shape)} in the job and {list(whole.shape)} in {url}")
+
+
+def stored_experts(layer: Any, name: str, tensor: Any, whole: LazyTensor, url: str) -> Stored:
+    """What of `whole`, all experts of a layer of AutoEP, belongs into `tensor` of the job, which has the rank's own.
+
+    FitError for another number of experts or another shape of each.
+    """
+    shape, ep = tuple(tensor.shape), int(layer.ep_size)
+    if whole.shape != (shape[0] * ep, *shape[1:]):
+        raise FitError(f"{name}: has shape {list(shape)} on each of {ep} ranks, and {list(whole.shape)} in {url}")
+    return Stored(whole, side_by_side(0, [shape[0]] * ep), int(layer.ep_rank))
 
 
 def _tensor_parallel_rank() -> int:

@@ -24,6 +24,8 @@ from ucp.tree import Tree
 
 from .._deepspeed import nodes
 from .._deepspeed.carried import ENGINE_KEYS
+from .._deepspeed.experts import is_expert
+from .experts import COUNT, GROUP_NAMES, IS_EXPERT, unstacked
 from .names import LATEST, MODEL_STATES, MODEL_STATES_3, OPTIMIZER_STATE, VALUE_FILE, state_file
 from .untrained import untrained
 
@@ -33,7 +35,9 @@ _TENSOR_KEYS = frozenset(
 )
 """Keys of a model file that this reader turns into tensors (deepspeed/runtime/engine.py, ``_save_checkpoint``)."""
 
-_GROUP_KEYS = frozenset("ds_version param_groups optimizer_state_dict fp32_flat_groups group_paddings".split())
+_GROUP_KEYS = frozenset("ds_version param_groups optimizer_state_dict fp32_flat_groups group_paddings".split()) | {
+    GROUP_NAMES
+}
 
 
 def detect(store: Store) -> bool:
@@ -79,6 +83,7 @@ class _Found:
     files: list[TorchFile] = field(default_factory=list)
     fragments: dict[Key, tuple[Fragment, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    stacks: dict[str, int] = field(default_factory=dict)
 
 
 def read(store: Store, *, tag: str | None = None) -> Catalog:
@@ -99,7 +104,7 @@ def read(store: Store, *, tag: str | None = None) -> Catalog:
     tensors = {tensor.name: tensor for tensor in _tensors(store, found) if tensor.name not in ties}
     _check_complete(f"{store.url}/{prefix}", found, tensors, ties)
     step = model.get("global_steps")
-    return Catalog(
+    catalog = Catalog(
         url=store.url,
         source=Source(
             family="deepspeed-universal",
@@ -117,6 +122,7 @@ def read(store: Store, *, tag: str | None = None) -> Catalog:
         notes=tuple(found.notes),
         options={"tag": tag} if tag else {},
     )
+    return unstacked(catalog, found.stacks) if found.stacks else catalog
 
 
 def _tree(store: Store, path: str, files: list[TorchFile]) -> Mapping[str, Tree]:
@@ -222,6 +228,8 @@ def _root(store: Store, path: str, found: _Found) -> Tree:
 def _state_file(store: Store, path: str, key: Key, found: _Found) -> TensorSpec:
     root = _root(store, path, found)
     leaf = nodes.tensor(root.get("param") if isinstance(root, Mapping) else root, path)
+    if isinstance(root, Mapping) and root.get(IS_EXPERT) and is_expert(key.name):
+        found.stacks[key.name] = nodes.integer(root.get(COUNT), f"{path}: {COUNT}")
     shape = found.shapes.get(key.name, leaf.extent.shape)
     if found.ranks > 1 and isinstance(root, Mapping):
         shape = leaf.extent.shape
@@ -269,6 +277,7 @@ def _groups(found: _Found, tensors: Mapping[str, Tensor]) -> tuple[ParamGroup, .
     """Hyper-parameters by the names of each group's parameters, where the files still tell."""
     listed = nodes.sequence(found.optimizer.get("param_groups", ()), OPTIMIZER_STATE)
     groups = [group for group in listed if isinstance(group, Mapping) and group.keys() - {"params"}]
+    groups = _called(groups, found.optimizer.get(GROUP_NAMES))
     parts = found.parts
     named = _by_group(groups, parts, _mapping(found.optimizer, "optimizer_state_dict"))
     if named is None:
@@ -282,6 +291,13 @@ def _groups(found: _Found, tensors: Mapping[str, Tensor]) -> tuple[ParamGroup, .
         )
         for group, names in zip(groups, named, strict=True)
     )
+
+
+def _called(groups: list[Mapping[Any, Tree]], names: Tree) -> list[Mapping[Any, Tree]]:
+    """Groups under the names that they had in the source, where these were changed."""
+    if not isinstance(names, list) or len(names) != len(groups):
+        return groups
+    return [{**group, "name": name} if "name" in group else group for group, name in zip(groups, names, strict=True)]
 
 
 def _by_group(

@@ -9,6 +9,7 @@ from typing import Any
 from ucp.catalog import Catalog, Scalar
 from ucp.container.values import Size
 from ucp.plan import Extent
+from ucp.training import first_rank, progress
 from ucp.tree import TensorLeaf, Tree
 
 from .carry import Drop, carry
@@ -53,7 +54,7 @@ def optimizer_tree(catalog: Catalog, content: Content, drop: Drop) -> dict[str, 
         "ds_version": _DS_VERSION,
         "param_groups": [*numbered, *({"params": []} for _ in range(_SPARE_GROUPS))],
     }
-    saved = merged(catalog).get("optimizer")
+    saved = first_rank(catalog).get("optimizer")
     if isinstance(saved, dict):
         kept = {**loss_scale(saved), **{key: saved[key] for key in ("clip_grad",) if key in saved}}
         tree.update(carry(kept, "optimizer", drop))
@@ -79,19 +80,6 @@ def disagreeing(content: Content) -> list[str]:
     return sorted({str(key) for group in groups for key in group} - {str(key) for key in _agreed(groups)})
 
 
-def merged(catalog: Catalog) -> dict[str, Tree]:
-    """The training state as rank 0 had it: what is common to all ranks, with what was its own."""
-    own = catalog.state.get("per_rank")
-    first = own.get(0) if isinstance(own, dict) else None
-    common = {key: value for key, value in catalog.state.items() if key != "per_rank"}
-    return _merged(common, first) if isinstance(first, dict) else common
-
-
-def _merged(common: dict[Any, Tree], own: dict[Any, Tree]) -> dict[Any, Tree]:
-    both = {k: _merged(common[k], v) for k, v in own.items() if isinstance(v, dict) and isinstance(common.get(k), dict)}
-    return {**common, **own, **both}
-
-
 def model_tree(catalog: Catalog, content: Content, drop: Drop, *, mp: int = 1) -> dict[str, Tree]:
     """A model file: shapes, counters, scheduler and client state (deepspeed/runtime/engine.py, ``_save_checkpoint``).
 
@@ -99,7 +87,7 @@ def model_tree(catalog: Catalog, content: Content, drop: Drop, *, mp: int = 1) -
     folders instead. ``mp_world_size`` is the number of such files that a loader must find
     (deepspeed/runtime/state_dict_factory.py, ``check_ckpt_list``).
     """
-    state = merged(catalog)
+    state, samples = first_rank(catalog), progress(catalog).consumed_samples
     client, module = (state.get(key) for key in ("client_state", "module"))
     engine = {key: value for key, value in state.items() if key not in _ASIDE}
     return {
@@ -108,6 +96,7 @@ def model_tree(catalog: Catalog, content: Content, drop: Drop, *, mp: int = 1) -
         "global_steps": catalog.step or 0,
         "skipped_steps": 0,
         "dp_world_size": catalog.source.mesh["dp"],
+        **({} if samples is None else {"global_samples": samples}),
         **carry(engine, "state", drop),
         **_shapes(catalog, content),
         "module": carry(module, "module", drop) if isinstance(module, dict) else {},

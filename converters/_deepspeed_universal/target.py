@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ucp.catalog import Catalog, Kind
 from ucp.container.torchwrite import Slot, TorchFrame, dumps
 from ucp.errors import FitError, UsageError
-from ucp.layout import FlatRange
+from ucp.layout import FlatRange, Shape
 from ucp.plan import Digests, Extent, Section, Task, TensorSpec
 from ucp.store import Store
+from ucp.training import first_rank, other_states, progress
 from ucp.tree import TensorLeaf, Tree
 
 from .carry import CLASSES, inlined
+from .experts import COUNT, GROUP_NAMES, IS_EXPERT, of_autoep, stacked
 from .folders import Content, Folder, content
 from .marks import Marks
 from .names import LATEST, OPTIMIZER_STATE, check_paths, model_files, state_file, step_file
+from .scaler import loss_scale
 from .small import disagreeing, model_tree, optimizer_tree, scalar_tree
 
 FAMILY = "deepspeed-universal"
@@ -39,8 +42,12 @@ class UniversalFolder:
     tasks: tuple[Task, ...]
     marks: Marks
     mp: int = 1
+    stacks: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    group_names: tuple[Tree, ...] = ()
     family: str = FAMILY
     root: str = LATEST
+    losses: tuple[str, ...] = ()
 
     @cached_property
     def _small(self) -> tuple[dict[str, Tree], dict[str, Tree], tuple[str, ...]]:
@@ -51,6 +58,8 @@ class UniversalFolder:
             left.append(f"not carried, it would run code when DeepSpeed loads it: {path} ({reason})")
 
         optimizer = optimizer_tree(self.catalog, self.content, drop)
+        if self.group_names:
+            optimizer[GROUP_NAMES] = list(self.group_names)
         model = model_tree(self.catalog, self.content, drop, mp=self.mp)
         return optimizer, model, tuple(left)
 
@@ -58,7 +67,8 @@ class UniversalFolder:
     def notes(self) -> tuple[str, ...]:
         """What a user should know: what this form of checkpoint cannot hold, and what DeepSpeed will not load of it."""
         loader = _loader_notes(self.catalog, self.content)
-        return (*self.content.notes, *self._small[2], *loader, *self.marks.notes(self.catalog))
+        experts = _expert_notes(self.stacks)
+        return (*self.content.notes, *self._small[2], *loader, *experts, *self.marks.notes(self.catalog))
 
     def finish(self, digests: Mapping[str, Digests]) -> Iterator[tuple[str, bytes]]:
         """Steps and made-up zeros, optimizer state, model files, ``latest_universal``."""
@@ -75,7 +85,7 @@ class UniversalFolder:
         """The files of a tensor's folder that are no task."""
         for state, spec in folder.zeros.items():
             zeros = TensorLeaf(Extent.contiguous("", 0, _loadable(spec).shape, spec.dtype), inline=bytes(spec.nbytes))
-            tree = {"param": zeros, **self.marks.of(folder.name, spec.shape)}
+            tree = {"param": zeros, **self.marks.of(folder.name, spec.shape), **_stack_of(self.counts, folder.name)}
             yield self._file(state_file(folder.name, state), tree)
         if folder.step is not None:
             yield self._file(step_file(folder.name), scalar_tree(folder.step))
@@ -84,30 +94,65 @@ class UniversalFolder:
         return f"{self.folder}/{path}", dumps(inlined(tree, self.store), archive=_stem(path), classes=CLASSES)
 
 
-def make_target(catalog: Catalog, store: Store, *, tag: str | None = None, mp: int = 1) -> UniversalFolder:
+def make_target(
+    catalog: Catalog, store: Store, *, tag: str | None = None, mp: int = 1, ep: int | None = None
+) -> UniversalFolder:
     """Lay `catalog`, which lies in `store`, out as ``<tag>_universal`` in a save root of its own.
 
-    `mp` is the number of model files, one for each model-parallel rank. FitError for names and states that such a
-    folder cannot hold.
+    `mp` is the number of model files, one for each model-parallel rank; `ep` the expert-parallel degree that native
+    mixtures of experts are laid out for, that of the source where it is not given. FitError for names and states that
+    such a folder cannot hold.
     """
+    names = tuple(group.options.get("name") for group in catalog.param_groups)
+    catalog, stacks = stacked(catalog, ep or _source_degree(catalog))
+    renamed = names != tuple(group.options.get("name") for group in catalog.param_groups)
     tag = tag or f"global_step{catalog.step or 0}"
     if "/" in tag or tag in (".", "..") or not tag.isprintable():
         raise UsageError(f"{tag!r} is not a tag", hint="a tag is the name of a folder inside the save root")
+    counts = {**stacks, **of_autoep(catalog)}
     arranged, name = content(catalog), f"{tag}_universal"
     marks = Marks(catalog)
-    tasks = tuple(_task(catalog, name, folder, state, marks) for folder in arranged.folders for state in folder.states)
+    tasks = tuple(
+        _task(catalog, name, folder, state, {**marks.of(folder.name, _shape(catalog, folder, state)), **beside})
+        for folder in arranged.folders
+        for beside in [_stack_of(counts, folder.name)]
+        for state in folder.states
+    )
     _check_zeros(arranged)
-    made = UniversalFolder(catalog, store, name, arranged, tasks, marks, mp)
+    known = names if renamed else ()
+    losses = tuple(_losses(catalog))
+    made = UniversalFolder(catalog, store, name, arranged, tasks, marks, mp, stacks, counts, known, losses=losses)
     others = [state_file(folder.name, state) for folder in arranged.folders for state in folder.zeros]
     others += [step_file(folder.name) for folder in arranged.folders if folder.step is not None]
     check_paths([*(task.object for task in tasks), *(f"{name}/{path}" for path in (*others, OPTIMIZER_STATE))])
     return made
 
 
-def _task(catalog: Catalog, name: str, folder: Folder, state: str, marks: Marks) -> Task:
+def _losses(catalog: Catalog) -> Iterator[str]:
+    names = sorted({str(key) for states in other_states(catalog).values() for key in states})
+    if names:
+        yield f"optimizer states that are no tensors of parameters are left out: {' '.join(names)}"
+
+
+def _shape(catalog: Catalog, folder: Folder, state: str) -> Shape:
+    return catalog.tensors[folder.name].states[state].shape
+
+
+def _stack_of(stacks: Mapping[str, int], name: str) -> dict[str, Tree]:
+    """What says of a file that it holds several experts."""
+    return {IS_EXPERT: True, COUNT: stacks[name]} if name in stacks else {}
+
+
+def _source_degree(catalog: Catalog) -> int:
+    """The expert-parallel degree of the source, if it had one."""
+    degree = catalog.source.detail.get("expert_parallel")
+    return degree if isinstance(degree, int) else 1
+
+
+def _task(catalog: Catalog, name: str, folder: Folder, state: str, beside: Mapping[str, Tree]) -> Task:
     cover, path = catalog.cover(folder.name, state), state_file(folder.name, state)
     spec = _loadable(cover.spec) if _kind(catalog, folder) == "parameter" else cover.spec
-    tree = {"param": Slot(0, spec), **marks.of(folder.name, cover.spec.shape)}
+    tree = {"param": Slot(0, spec), **beside}
     frame = TorchFrame.of(tree, archive=_stem(path), classes=CLASSES)
     witness = catalog.witness(folder.name) if state == "value" else None
     section = Section(frame.offsets[0], FlatRange(0, spec.size), cover, witness)
@@ -145,6 +190,15 @@ def _check_zeros(arranged: Content) -> None:
                 )
 
 
+def _expert_notes(stacks: Mapping[str, int]) -> Iterator[str]:
+    if stacks:
+        ep = max(stacks.values())
+        yield (
+            f"experts are laid out for jobs of expert-parallel degree {ep}, and others fail on loading: for another "
+            "degree give ep (on the command line: -t ep=…)"
+        )
+
+
 def _loader_notes(catalog: Catalog, arranged: Content) -> Iterator[str]:
     remedy = "call ucp.converters.deepspeed_universal.finish_load(engine, url) after load_checkpoint"
     untrained = sum(tensor.kind != "parameter" for tensor in catalog.tensors.values())
@@ -158,6 +212,12 @@ def _loader_notes(catalog: Catalog, arranged: Content) -> Iterator[str]:
         yield (
             "the source sets round_robin_gradients; set it to false in the job that loads, whatever the checkpoint: "
             "under it DeepSpeed's universal loader puts values in the wrong places"
+        )
+    saved, told = first_rank(catalog).get("optimizer"), progress(catalog).loss_scale
+    if told is not None and not (isinstance(saved, dict) and loss_scale(saved)):
+        yield (
+            f"the loss scale {told['scale']} is carried as the script's own state, and DeepSpeed does not load it: an "
+            "fp16 job starts with its initial_scale_power"
         )
     if "per_rank" in catalog.state:
         yield "of the training state that differs between ranks, that of rank 0 is carried"

@@ -1,0 +1,1 @@
+"""ByteCheckpoint folders: DCP's metadata over files of bare tensor bytes."""

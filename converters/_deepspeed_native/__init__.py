@@ -1,0 +1,1 @@
+"""DeepSpeed's own checkpoints written: what lies in which rank's file, as tasks."""

@@ -1,0 +1,1 @@
+"""Internals of the converters of families ``hf`` and ``safetensors``."""

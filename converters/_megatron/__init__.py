@@ -1,0 +1,1 @@
+"""How Megatron-Core and Megatron-LM lay out what they save."""

@@ -1,0 +1,1 @@
+"""What torch.save writes, alone or in the folders of Lightning, Accelerate and Trainer."""
