@@ -179,6 +179,15 @@ class Catalog:
             self._checked[name] = Witness(Cover.of(Key(name, "low-precision copy"), spec, fragments, view=view))
         return self._checked.get(name)
 
+    def require_decided(self) -> None:
+        """FitError for optimizer states that nobody can place: a job would start them anew without a word."""
+        for tensor in self.tensors.values():
+            if tensor.undecided is not None:
+                raise FitError(
+                    f"{self.url}: it cannot be told which optimizer states are those of {tensor.name}, if any",
+                    hint=tensor.undecided,
+                )
+
     def unchecked(self) -> Catalog:
         """The same catalog without low-precision copies and replicas to compare with."""
         primary = {key: tuple(f for f in held if f.replica == 0) for key, held in self.fragments.items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 from ucp.catalog import Catalog, Kind, ParamGroup
 from ucp.errors import NotFoundError
 from ucp.layout import Mesh, Shape
-from ucp.lazy import LazyTensor, lazy_tree, of_scalar, of_state, read_tree
+from ucp.lazy import LazyTensor, Reading, lazy_tree, of_scalar, of_state, read_tree
 from ucp.mapping import ProgramLike, read_source
 from ucp.store import Store
 from ucp.tree import Tree
@@ -34,13 +34,16 @@ def open_checkpoint(
     program: ProgramLike | None = None,
     sizes: Mapping[str, int] | None = None,
     flags: Mapping[str, bool] | None = None,
+    verify: bool = True,
     **options: Any,
 ) -> Checkpoint:
     """Open the checkpoint at `url`, whatever framework wrote it; this is `ucp.open`.
 
-    Reads metadata only. `family` skips detection; `options` go to the family's reader. A conversion `program` (a
-    program, the path of a file, or the name of a program that comes with ucp) puts the tensors together and names them;
-    `sizes` and `flags` are the program's, where the checkpoint does not tell.
+    Reads metadata only. `verify` sets what is read of tensors later against the checksums that the source keeps: of
+    universal and native checkpoints each block of 4 MiB that is touched, of others those of which a read has nearly
+    all bytes, and all that training state touches. `family` skips detection; `options` go to the family's reader. A
+    conversion `program` (a program, the path of a file, or the name of a program that comes with ucp) puts the
+    tensors together and names them; `sizes` and `flags` are the program's, where the checkpoint does not tell.
 
     >>> ckpt = ucp.open("runs/7/global_step1000")                       # doctest: +SKIP
     >>> ckpt["transformer.h.0.attn.weight"]["exp_avg"][:16, ::2]        # doctest: +SKIP
@@ -50,7 +53,7 @@ def open_checkpoint(
     ProgramError or FitError for a program that is wrong or does not fit.
     """
     catalog, store = read_source(os.fspath(url), family=family, program=program, sizes=sizes, flags=flags, **options)
-    return Checkpoint(catalog, store)
+    return Checkpoint(catalog, store, verify)
 
 
 class _Lookup(Mapping[str, V]):
@@ -76,8 +79,7 @@ class StoredTensor(_Lookup[LazyTensor]):
     """
 
     name: str
-    _catalog: Catalog
-    _store: Store
+    _reading: Reading
 
     @property
     def kind(self) -> Kind:
@@ -102,7 +104,7 @@ class StoredTensor(_Lookup[LazyTensor]):
     def __getitem__(self, state: str) -> LazyTensor:
         tensor = self._catalog.tensors[self.name]
         if state in tensor.states:
-            return of_state(self._catalog, self._store, self.name, state)
+            return of_state(self._reading, self.name, state)
         if state in tensor.scalars:
             return of_scalar(f"{self.name}[{state}]", tensor.scalars[state])
         raise tensor.lacks(state, self._catalog.url)
@@ -126,6 +128,10 @@ class StoredTensor(_Lookup[LazyTensor]):
         )
 
     @property
+    def _catalog(self) -> Catalog:
+        return self._reading.catalog
+
+    @property
     def _main(self) -> LazyTensor:
         return self["value"] if "value" in self else self[next(iter(self))]
 
@@ -140,6 +146,7 @@ class Checkpoint(_Lookup[StoredTensor]):
 
     catalog: Catalog
     store: Store
+    verify: bool = True
 
     @property
     def url(self) -> str:
@@ -187,7 +194,10 @@ class Checkpoint(_Lookup[StoredTensor]):
 
         Objects of classes stay `ucp.Opaque`: they are never built.
         """
-        return {name: lazy_tree(self.catalog, self.store, tree, name) for name, tree in self.catalog.state.items()}
+        return {
+            name: lazy_tree(self.catalog, self.store, tree, name, verify=self.verify)
+            for name, tree in self.catalog.state.items()
+        }
 
     def read_state(self, name: str) -> Tree:
         """One part of `state` with its tensors read, numpy's arrays as such: ready for what it is the state of.
@@ -222,7 +232,11 @@ class Checkpoint(_Lookup[StoredTensor]):
         self.store.close()
 
     def __getitem__(self, name: str) -> StoredTensor:
-        return StoredTensor(self.catalog.resolve(name), self.catalog, self.store)
+        return StoredTensor(self.catalog.resolve(name), self._reading)
+
+    @cached_property
+    def _reading(self) -> Reading:
+        return Reading(self.catalog, self.store, self.verify)
 
     def __contains__(self, name: object) -> bool:
         return name in self.catalog.tensors or name in self.catalog.ties

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ucp.layout import Box, Shape, itemsize
 from ucp.plan import Cover, Fragment, Key, TensorSpec
 from ucp.run.cast import Array
 from ucp.run.gather import read_region
+from ucp.run.integrity import Ledger, Spans
 from ucp.run.unchanged import check_unchanged
 from ucp.store import Store
 from ucp.tree import TensorLeaf, Tree, walk
@@ -26,6 +27,56 @@ if TYPE_CHECKING:
 
 _PLAIN = {"int": "int64", "float": "float64", "bool": "bool"}
 """Tensor dtype of a number that the framework kept as a plain Python one."""
+
+_GAP = 64 << 10
+"""Bytes that may be read beyond what was asked for, per checksum, to make it tell."""
+
+_BLOCKED = ("native", "universal")
+"""Families whose checksums are of blocks of at most 4 MiB: each that is touched is read whole once, and so tells."""
+
+
+@dataclass(eq=False)
+class Reading:
+    """A checkpoint from which tensors are read; with `verify`, checksums are set against what is read.
+
+    In our own forms all that it touches count. In others, where one checksum may be that of gigabytes, those of which a
+    read has nearly all bytes.
+    """
+
+    catalog: Catalog
+    store: Store
+    verify: bool = True
+
+    @cached_property
+    def _spans(self) -> Spans:
+        return Spans(self.catalog.checksums if self.verify else ())
+
+    @cached_property
+    def _held(self) -> set[int]:
+        return set()
+
+    def region(self, cover: Cover, box: Box, *, wholly: bool = False) -> Array:
+        """`box` of a tensor as contiguous bytes; `wholly`, all of a checksum that it touches is read, if only once.
+
+        CorruptError where a checksum fails, and where the object was changed after the checkpoint was opened.
+        """
+        touched: set[str] = set()
+        ledger = Ledger(self._spans)
+
+        def record(path: str, offset: int, data: memoryview) -> None:
+            touched.add(path)
+            ledger.record(path, offset, data)
+
+        found = read_region(self.store, cover, box, record)
+        wholly = wholly or self.catalog.source.family in _BLOCKED
+        ledger.verify(self.store, gap=None if wholly else _GAP, held=self._held)
+        check_unchanged(self.store, self.catalog, touched)
+        if wholly:
+            self._held.update(piece.span for piece in ledger.pieces())
+        return found
+
+    def __reduce__(self) -> tuple[type[Reading], tuple[Catalog, Store, bool]]:
+        return Reading, (self.catalog, self.store, self.verify)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,17 +136,14 @@ class LazyTensor:
         return f"LazyTensor({self.label!r}, {list(self.shape)}, {self.dtype_name})"
 
 
-def of_state(catalog: Catalog, store: Store, name: str, state: str) -> LazyTensor:
+def of_state(reading: Reading, name: str, state: str) -> LazyTensor:
     """One state of one tensor of a catalog."""
-    spec = catalog.tensors[name].states[state]
-    return LazyTensor(f"{name}[{state}]", spec.shape, spec.dtype, partial(_stored, catalog, store, name, state))
+    spec = reading.catalog.tensors[name].states[state]
+    return LazyTensor(f"{name}[{state}]", spec.shape, spec.dtype, partial(_stored, reading, name, state))
 
 
-def _stored(catalog: Catalog, store: Store, name: str, state: str, box: Box) -> Array:
-    touched: set[str] = set()
-    found = read_region(store, catalog.cover(name, state), box, lambda path, _start, _data: touched.add(path))
-    check_unchanged(store, catalog, touched)
-    return found
+def _stored(reading: Reading, name: str, state: str, box: Box) -> Array:
+    return reading.region(reading.catalog.cover(name, state), box)
 
 
 def of_scalar(label: str, scalar: Scalar) -> LazyTensor:
@@ -110,19 +158,17 @@ def _number(value: float, dtype: str, _box: Box) -> Array:
     return torch.tensor([value], dtype=getattr(torch, dtype)).view(torch.uint8).numpy()
 
 
-def of_leaf(catalog: Catalog, store: Store, leaf: TensorLeaf, label: str) -> LazyTensor:
+def of_leaf(reading: Reading, leaf: TensorLeaf, label: str) -> LazyTensor:
     """A tensor inside a tree of training state."""
-    read = partial(_leaf, catalog, store, leaf, label) if leaf.inline is None else partial(_held, leaf)
+    read = partial(_leaf, reading, leaf, label) if leaf.inline is None else partial(_held, leaf)
     return LazyTensor(label, leaf.extent.shape, leaf.extent.dtype, read, leaf.numpy)
 
 
-def _leaf(catalog: Catalog, store: Store, leaf: TensorLeaf, label: str, box: Box) -> Array:
+def _leaf(reading: Reading, leaf: TensorLeaf, label: str, box: Box) -> Array:
     extent = leaf.extent
     whole = Fragment(Box.whole(extent.shape), extent)
     cover = Cover.of(Key(label, "value"), TensorSpec(extent.shape, extent.dtype), [whole])
-    found = read_region(store, cover, box)
-    check_unchanged(store, catalog, [extent.object])
-    return found
+    return reading.region(cover, box, wholly=True)
 
 
 def _held(leaf: TensorLeaf, box: Box) -> Array:
@@ -132,11 +178,11 @@ def _held(leaf: TensorLeaf, box: Box) -> Array:
     return cells[index].copy().reshape(-1)
 
 
-def lazy_tree(catalog: Catalog, store: Store, tree: Tree, label: str) -> Tree:
+def lazy_tree(catalog: Catalog, store: Store, tree: Tree, label: str, *, verify: bool = True) -> Tree:
     """A copy of a tree of training state whose tensors are `LazyTensor`; CorruptError for one that never ends."""
     for _ in walk(tree, where=label):
         pass
-    return _lazy_tree(catalog, store, tree, label)
+    return _lazy_tree(Reading(catalog, store, verify), tree, label)
 
 
 def read_tree(node: Tree) -> Tree:
@@ -150,13 +196,13 @@ def read_tree(node: Tree) -> Tree:
     return node
 
 
-def _lazy_tree(catalog: Catalog, store: Store, node: Tree, label: str) -> Tree:
+def _lazy_tree(reading: Reading, node: Tree, label: str) -> Tree:
     if isinstance(node, TensorLeaf):
-        return of_leaf(catalog, store, node, label)
+        return of_leaf(reading, node, label)
     if isinstance(node, dict):
-        return {key: _lazy_tree(catalog, store, value, f"{label}.{key}") for key, value in node.items()}
+        return {key: _lazy_tree(reading, value, f"{label}.{key}") for key, value in node.items()}
     if isinstance(node, list | tuple | set | frozenset):
-        return type(node)(_lazy_tree(catalog, store, value, f"{label}.{i}") for i, value in enumerate(node))
+        return type(node)(_lazy_tree(reading, value, f"{label}.{i}") for i, value in enumerate(node))
     return node
 
 

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import click
 
 from ucp.cli.failure import report
 from ucp.cli.output import Output
 
-COMMANDS = ("info", "ls", "tree", "show", "state", "plan", "convert", "verify", "spec", "demo", "completion")
+COMMANDS = (
+    "info",
+    "ls",
+    "checkpoints",
+    "tree",
+    "show",
+    "state",
+    "plan",
+    "convert",
+    "verify",
+    "cp",
+    "sync",
+    "repair",
+    "gc",
+    "watch",
+    "spec",
+    "demo",
+    "completion",
+)
 PREFIX = "UCP"
 
 
@@ -31,7 +52,8 @@ class Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command. Its failures end here; click would turn some of them into its own."""
         try:
-            result = super().invoke(ctx)
+            with _terminable():
+                result = super().invoke(ctx)
             sys.stdout.flush()
         except (click.exceptions.Exit, click.ClickException, click.Abort, SystemExit):
             raise
@@ -48,6 +70,23 @@ class Program(click.Group):
         except (click.ClickException, click.Abort) as error:
             code = report(error, Output.before_parsing(arguments))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, with which schedulers and service managers end a command, stops it in order, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's alone
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:

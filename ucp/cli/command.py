@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ucp.cli.output import Mode, Output
 from ucp.cli.spec_options import parse_flags, parse_sizes, size_options
@@ -25,11 +27,38 @@ class Command(click.Command):
 
     json_keys: Mapping[str, str]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; arguments can be given by variables, as options can: UCP_WATCH_SOURCE."""
+        for param in self.params:
+            if isinstance(param, click.Argument) and ctx.auto_envvar_prefix and param.name:
+                param.envvar = f"{ctx.auto_envvar_prefix}_{param.name.upper()}"
+        return super().parse_args(ctx, args)
 
-def command(name: str, *, json_keys: Mapping[str, str]) -> Callable[[Callable[..., None]], Command]:
+
+class CommandWithMore(Command, click.Group):
+    """A command that others stand below; one of them, named after it, runs in its place and has its own options.
+
+    `below` gives each its module, which is imported when asked for.
+    """
+
+    below: Mapping[str, str]
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.below)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.below:
+            return None
+        found: click.Command = importlib.import_module(self.below[cmd_name]).command
+        return found
+
+
+def command(
+    name: str, *, json_keys: Mapping[str, str], below: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Command]:
     """Declare a command: its function gets an `Output` and the options it declared.
 
-    `json_keys` documents each key of the document that ``--json`` prints.
+    `json_keys` documents each key of the document that ``--json`` prints. `below` are commands that stand below it.
     """
 
     def declare(function: Callable[..., None]) -> Command:
@@ -40,11 +69,32 @@ def command(name: str, *, json_keys: Mapping[str, str]) -> Callable[[Callable[..
             click.get_current_context().find_root().obj = out
             function(out, **options)
 
-        declared = click.command(name, cls=Command)(_with_output_options(run))
+        declared = _declared(name, _with_output_options(run), below)
         declared.json_keys = json_keys
         return declared
 
     return declare
+
+
+def _declared(name: str, function: Callable[..., Any], below: Mapping[str, str] | None) -> Command:
+    if below is None:
+        return click.command(name, cls=Command)(function)
+
+    @functools.wraps(function)
+    def unless_below(**options: Any) -> None:
+        context = click.get_current_context()
+        if context.invoked_subcommand is None:
+            function(**options)
+        elif given := [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]:
+            option = f"--{given[0].replace('_', '-')}"
+            raise UsageError(
+                f"{option} is for {context.command_path} alone",
+                hint=f"options of {context.invoked_subcommand} come after it",
+            )
+
+    declared = click.command(name, cls=CommandWithMore, invoke_without_command=True)(unless_below)
+    declared.below = below
+    return declared
 
 
 def _with_output_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,7 +166,9 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _SPEC = click.option(
-    "--spec", metavar="PROGRAM", help="See the tensors through this program: a file, or one of `ucp spec list`."
+    "--spec",
+    metavar="PROGRAM",
+    help="See the tensors through this program: a file, one of `ucp spec list`, or auto: what the source tells.",
 )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -40,7 +39,11 @@ KEYS = {
 @conversion_options
 @click.option("--processes", is_flag=True, help="Workers are processes instead of threads.")
 @click.option("--restart", is_flag=True, help="Throw away an unfinished conversion of something else.")
-def command(out: Output, asked: Asked, processes: bool, restart: bool) -> None:
+@click.option(
+    "--overwrite", is_flag=True, help="Replace the universal checkpoint that is there, once the new one is whole."
+)
+@click.option("--share", is_flag=True, help="Store what checkpoints beside it hold as well once, in their pool.")
+def command(out: Output, asked: Asked, processes: bool, restart: bool, overwrite: bool, share: bool) -> None:
     """Convert the checkpoint SOURCE into a new one at DESTINATION.
 
     The source is never modified and the destination is no checkpoint until everything is written and checked.
@@ -49,7 +52,7 @@ def command(out: Output, asked: Asked, processes: bool, restart: bool) -> None:
     from ucp.run.convert import carry_out
 
     with _stoppable():
-        conversion = asked.prepare(restart=restart)
+        conversion = asked.prepare(restart=restart, overwrite=overwrite, share=share)
         for note in conversion.notes:
             out.remark(("note", "yellow"), "  ", note)
         with shown(out, "converting") as show:
@@ -62,8 +65,7 @@ def command(out: Output, asked: Asked, processes: bool, restart: bool) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C and the SIGTERM of a batch scheduler stop a run in order; the error says how to go on."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    """Whatever stops a run, the error says how to go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -72,12 +74,6 @@ def _stoppable() -> Iterator[None]:
         raise InterruptedRunError(error.message, hint=f"`{rerun()}` resumes") from error
     except StorageError as error:
         raise type(error)(error.message, hint=f"{error.hint}\n      `{rerun()}` resumes") from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _document(conversion: Conversion, report: Report) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -33,7 +32,7 @@ KEYS = {
 }
 
 
-@declare("demo", json_keys=KEYS)
+@declare("demo", json_keys=KEYS, below={"elastic": "ucp.cli.demo_elastic"})
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
@@ -53,7 +52,7 @@ def command(out: Output, engine: str, steps: int, keep: Path | None) -> None:
     interrupted; leaves with exit code 6 if they differ by more than float32 explains.
     """
     start = time.perf_counter()
-    with _stoppable(), _folder(keep) as folder:
+    with kept_folder(keep) as folder:
         outcome = run(folder, engine=engine, steps=steps, say=out.remark)
     seconds = time.perf_counter() - start
     if out.mode == "json":
@@ -66,21 +65,8 @@ def command(out: Output, engine: str, steps: int, keep: Path | None) -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does: no process and no file is left behind."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
+def kept_folder(keep: Path | None) -> Iterator[Path]:
+    """The new folder `keep`, or one that is deleted in the end; UsageError if there is something in it."""
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="ucp-demo-") as made:
             yield Path(made)

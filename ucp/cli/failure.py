@@ -24,7 +24,7 @@ def report(error: BaseException, out: Output) -> int:
         return _BROKEN_PIPE
     code, message, hint, exit_code = describe(error)
     if out.verbose and not isinstance(error, click.ClickException):
-        traceback.print_exception(error, file=sys.stderr)
+        out.trace("".join(traceback.format_exception(error)))
     out.error(code=code, message=message, hint=hint, exit_code=exit_code)
     return exit_code
 

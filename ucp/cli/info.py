@@ -64,7 +64,7 @@ def _fields(facts: dict[str, Any]) -> list[tuple[str, Span]]:
     states = (f"{name} {text.size(entry['bytes'])} ({entry['tensors']})" for name, entry in facts["states"].items())
     return [
         ("step", "unknown" if facts["step"] is None else str(facts["step"])),
-        ("mesh", " ".join(f"{axis}{size}" for axis, size in facts["mesh"].items()) or "1 rank"),
+        ("mesh", " ".join(f"{axis}{size}" for axis, size in facts["mesh"].items()) or "not recorded"),
         ("detail", ", ".join(f"{key} {_word(value)}" for key, value in facts["detail"].items())),
         ("tensors", f"{facts['tensors']:,}: {', '.join(_kinds(facts))}"),
         ("parameters", f"{text.amount(facts['parameters'])}{_exact(facts['parameters'])}"),

@@ -48,6 +48,11 @@ class Output:
         """Print the command's one JSON document."""
         _write(sys.stdout, json.dumps(jsonable(document), indent=2))
 
+    def json_line(self, document: Mapping[str, Any]) -> None:
+        """Print one of many JSON documents, on a line of its own, at once."""
+        _write(sys.stdout, json.dumps(jsonable(document)))
+        sys.stdout.flush()
+
     def line(self, *spans: Span) -> None:
         """One line of data."""
         _write(sys.stdout, _render(spans, colour=_has_colour(sys.stdout)))
@@ -72,9 +77,18 @@ class Output:
         if self.human:
             _write(sys.stderr, _render(spans, colour=_has_colour(sys.stderr)))
 
+    def complain(self, *spans: Span) -> None:
+        """What went wrong and does not end the command, on standard error, unless all is told in JSON."""
+        if self.mode != "json":
+            _write(sys.stderr, _render(spans, colour=_has_colour(sys.stderr)))
+
     def hint(self, text: str) -> None:
         """What to do next, on standard error."""
         self.remark(("hint: ", "cyan"), text)
+
+    def trace(self, text: str) -> None:
+        """The trace of an exception, on standard error in every mode: its message may hold names from files."""
+        _write(sys.stderr, printable(text.rstrip(), keep="\n"))
 
     def error(self, *, code: str, message: str, hint: str | None, exit_code: int) -> None:
         """An error: on standard error, or as the JSON document."""
@@ -130,3 +144,5 @@ def _write(stream: TextIO, text: str) -> None:
     if stream is sys.stderr:
         sys.stdout.flush()
     stream.write(text + "\n")
+    if stream is sys.stderr:
+        stream.flush()

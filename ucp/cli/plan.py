@@ -44,7 +44,7 @@ def command(out: Output, asked: Asked) -> None:
     from ucp.run.executor import default_workers
 
     conversion = asked.prepare()
-    facts = describe(conversion, asked.workers or default_workers())
+    facts = describe(conversion, asked.workers or default_workers(conversion.source, conversion.destination))
     if out.verbose:
         facts["tasks"] = _tasks(conversion)
     if out.mode == "json":

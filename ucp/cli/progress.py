@@ -64,7 +64,8 @@ def _bar(label: str) -> Iterator[Show]:
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}", markup=False))
+    label_column, words = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[words]"))
+    columns = (label_column, BarColumn(), words)
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(label, total=None, words="")
 

@@ -37,9 +37,29 @@ only ever added. Numbers that JSON lacks are the strings `nan`, `inf` and `-inf`
 _ENVIRONMENT = """\
 ## Environment
 
+Everything can be given by variables of the environment, so that a job needs no command line of its own.
+
 `UCP_JSON`, `UCP_QUIET`, `UCP_VERBOSE` and `UCP_NO_PROGRESS`, set to `1`, give the flag of that name to every command.
-Any other option is `UCP_`, the command and the option's long name: `UCP_CONVERT_WORKERS=4` is `--workers 4` of
-`ucp convert`, `UCP_CONVERT_NO_CHECK=1` its `--no-check`. What the command line says comes first.
+Any other option is `UCP_`, the command and the option's long name, and any argument `UCP_`, the command and its name:
+`UCP_CONVERT_WORKERS=4` is `--workers 4` of `ucp convert`, `UCP_CONVERT_NO_CHECK=1` its `--no-check`,
+`UCP_CONVERT_SOURCE` what it reads. A dash becomes `_`. Options that may be repeated take several words:
+`UCP_CONVERT_TARGET_OPTION="stage=3 dtype=bf16"`. What the command line says comes first.
+
+| variable | for |
+|---|---|
+| `AWS_*`, `GOOGLE_*`, `AZURE_*` | credentials, regions, profiles and endpoints, by the rules of each service |
+| `UCP_STORE_*` | how [object storage](storage.md#options) is reached: timeouts, attempts, endpoint |
+| `UCP_METRICS` | where metrics go: [metrics](pipelines.md#metrics) |
+| `NO_COLOR`, `TERM=dumb` | no colours on a terminal |
+
+## In jobs
+
+No command asks anything. Standard output carries what was asked for and nothing else; progress, notes, hints and errors
+go to standard error (errors with `--json` to standard output, as its one document). Where these are no terminals there
+are no colours, no bars and no control characters.
+
+Ctrl-C and SIGTERM end every command in order, with exit code 130: what can be resumed has noted how far it is, and the
+same command goes on. SIGKILL and a power cut are survived as well, with the work of about a second lost.
 """
 
 
@@ -84,6 +104,7 @@ def _exit_codes() -> str:
     for kind in sorted(classes, key=lambda kind: (kind.exit_code, kind.code)):
         meaning = (kind.__doc__ or "").strip().splitlines()[0]
         rows.append(f"| {kind.exit_code} | `{kind.code}` | {_MEANING.get(kind.code, meaning)} |")
+    rows.append("| 137, 143 | | ended by SIGKILL, or by SIGTERM before the command began; running it again resumes |")
     rows.append("| 141 | | the reader of standard output went away |")
     return "## Exit codes\n\n| exit code | error code | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 

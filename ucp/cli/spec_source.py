@@ -31,13 +31,15 @@ class Source:
 
     def bind(self, program: Program, using: Using) -> Bound:
         """Bind `program` with what the checkpoint records and what was given."""
+        from ucp.mapping import known_flags
+
         return bind(
             program,
             self.held,
             mesh=self.sharded.mesh,
             sizes=using.sizes,
             config=self.sharded.config,
-            flags=using.flags,
+            flags={**known_flags(program, self.sharded.flags), **using.flags},
             cuts=self.sharded.cuts,
             placements=self.sharded.placements,
         )

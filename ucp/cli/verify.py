@@ -24,9 +24,9 @@ KEYS = {
     "training_state": "whether the training state beside the tensors was compared",
     "ok": "whether nothing is wrong; the exit code is then 0, else 6",
     "findings": "list of what is wrong: `where` (tensor, state or object), `message`, and `kind`: `incomplete`, "
-    "`missing-object`, `object-size`; with --deep `checksum`, `low-precision-copy`, `replica`, or the error code of a "
-    "failed read; with --against `step`, `tensor`, `kind`, `state`, `form` (dtype or shape), `scalar`, `option`, "
-    "`data`, `training-state`",
+    "`missing-object`, `object-size`; with --deep `checksum`, `shared` (a shared object has another content than its "
+    "name says), `low-precision-copy`, `replica`, or the error code of a failed read; with --against `step`, "
+    "`tensor`, `kind`, `state`, `form` (dtype or shape), `scalar`, `option`, `data`, `training-state`",
     "bytes_read": "bytes of data read",
     "checksums": "number of digests that were set against the bytes",
     "low_precision_copies": "number of copies that were compared with their tensor",
@@ -130,7 +130,7 @@ def _fail(out: Output, url: str, against: str | None, verdict: Verdict) -> None:
     count = text.plural(len(verdict.findings), "difference" if against else "problem")
     raise ContentError(
         f"{url}: {count}",
-        hint="restore the damaged objects from another copy"
+        hint="`ucp repair URL --from COPY` puts damaged objects right"
         if not against
         else f"`ucp show URL TENSOR --stats` looks closer; the other checkpoint is {against}",
     )

@@ -13,8 +13,8 @@ MOST_DEPTH = 200
 _CONTAINERS = (dict, list, tuple, set, frozenset, Opaque)
 
 
-def check_bounds(root: Tree, *, where: str) -> None:
-    """CorruptError naming `where` for a tree with cycles, deeper than `ucp.tree.walk` goes or with more nodes.
+def check_bounds(root: Tree, *, where: str, most: int = MOST_NODES) -> None:
+    """CorruptError naming `where` for a tree with cycles, too deep for `ucp.tree.walk`, or of more than `most` nodes.
 
     Time is linear in the number of distinct nodes, however many times they are shared.
     """
@@ -27,7 +27,7 @@ def check_bounds(root: Tree, *, where: str) -> None:
         if key in done:
             stack.pop()
         elif key in above:
-            done[key] = _measure(node, done, where)
+            done[key] = _measure(node, done, where, most)
             above.discard(key)
             stack.pop()
         else:
@@ -38,14 +38,14 @@ def check_bounds(root: Tree, *, where: str) -> None:
             stack.extend(waiting)
 
 
-def _measure(node: Tree, done: dict[int, tuple[int, int]], where: str) -> tuple[int, int]:
+def _measure(node: Tree, done: dict[int, tuple[int, int]], where: str, most: int) -> tuple[int, int]:
     """(nodes, depth) of the tree below `node`, whose containers are done."""
     nodes, depth = 1, 0
     for part in _parts(node):
         more, deeper = done.get(id(part), (1, 0)) if isinstance(part, _CONTAINERS) else (1, 0)
         nodes += more
         depth = max(depth, deeper + 1)
-    if nodes > MOST_NODES or depth > MOST_DEPTH:
+    if nodes > most or depth > MOST_DEPTH:
         raise _outsized(where)
     return nodes, depth
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ucp.container.values import Reference
 from ucp.errors import CorruptError, FitError
+from ucp.plan import Extent
 from ucp.store import Store
 from ucp.tree import Opaque, TensorLeaf, Tree
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 _NUMPY = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
-_LARGE = 1 << 28
+_LARGE = 1 << 24
+_REPEATS = 16
+"""How often the bytes of a file may be described over and over, above a size that does not matter."""
 
 
 def leaf_bytes(store: Store, leaf: TensorLeaf) -> bytes:
@@ -24,13 +27,40 @@ def leaf_bytes(store: Store, leaf: TensorLeaf) -> bytes:
         return leaf.inline
     extent = leaf.extent
     first, stop = extent.span
-    if extent.nbytes > _LARGE and extent.nbytes > 16 * (stop - first):
-        raise CorruptError(
-            f"{store.url}/{extent.object}: a tensor of {extent.nbytes} bytes repeats {stop - first} bytes",
-            hint="do not trust this file",
-        )
+    if extent.nbytes > _LARGE and extent.nbytes > _REPEATS * (stop - first):
+        raise _repeated(store, extent.object, extent.nbytes, stop - first)
     raw = store.read(extent.object, first, stop - first) if stop > first else b""
     return raw if extent.is_contiguous else _gathered(raw, leaf)
+
+
+class LeafBytes:
+    """Bytes of the leaves of one store, as `leaf_bytes` gives them; those of equal extents are read and held once.
+
+    CorruptError if there are far more of them than their file has bytes: a few that are described over and over.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[Extent, bytes] = {}
+        self._given: dict[str, int] = {}
+
+    def __call__(self, leaf: TensorLeaf) -> bytes:
+        """All bytes of `leaf`."""
+        if leaf.inline is not None:
+            return leaf.inline
+        extent = leaf.extent
+        given = self._given[extent.object] = self._given.get(extent.object, 0) + extent.nbytes
+        if given > _LARGE and given > _REPEATS * (size := self._store.entry(extent.object).size):
+            raise _repeated(self._store, extent.object, given, size)
+        if extent not in self._known:
+            self._known[extent] = leaf_bytes(self._store, leaf)
+        return self._known[extent]
+
+
+def _repeated(store: Store, path: str, described: int, held: int) -> CorruptError:
+    return CorruptError(
+        f"{store.url}/{path}: tensors of {described} bytes repeat {held} bytes", hint="do not trust this file"
+    )
 
 
 def leaf_numpy(store: Store, leaf: TensorLeaf) -> np.ndarray[Any, np.dtype[Any]]:
@@ -85,20 +115,27 @@ def _float8_e4m3fn(bits: int) -> float:
 
 
 def with_bytes(store: Store, tree: Tree) -> Tree:
-    """`tree` with every leaf holding its bytes inline, as a small file is written from; `store` as in `leaf_bytes`."""
+    """`tree` with every leaf holding its bytes inline, as a small file is written from; `store` as in `leaf_bytes`.
+
+    CorruptError as `LeafBytes` raises it.
+    """
+    return _filled(tree, LeafBytes(store))
+
+
+def _filled(tree: Tree, read: LeafBytes) -> Tree:
     if isinstance(tree, TensorLeaf):
-        return replace(tree, inline=leaf_bytes(store, tree))
+        return replace(tree, inline=read(tree))
     if isinstance(tree, dict):
-        return {key: with_bytes(store, value) for key, value in tree.items()}
+        return {key: _filled(value, read) for key, value in tree.items()}
     if isinstance(tree, list | tuple | set | frozenset):
-        return type(tree)(with_bytes(store, value) for value in tree)
+        return type(tree)(_filled(value, read) for value in tree)
     if not isinstance(tree, Opaque) or isinstance(tree, Reference):
         return tree
     return replace(
         tree,
-        args=with_bytes(store, tree.args),
-        kwargs=with_bytes(store, tree.kwargs),
-        state=with_bytes(store, tree.state),
-        items=with_bytes(store, tree.items),
-        pairs=with_bytes(store, tree.pairs),
+        args=_filled(tree.args, read),
+        kwargs=_filled(tree.kwargs, read),
+        state=_filled(tree.state, read),
+        items=_filled(tree.items, read),
+        pairs=_filled(tree.pairs, read),
     )

@@ -15,7 +15,7 @@ from ucp.container.values import Reference
 from ucp.errors import UcpError
 from ucp.tree import Opaque, Tree
 
-_MOST_OPS = 20_000_000
+MOST_OPS = 20_000_000
 _STOP = 0x2E
 _KEY_NODES = 1000
 _MOST_NAME = 1000
@@ -58,8 +58,10 @@ class Machine(Cursor):
         builds: dict[str, Build],
         persistent: Persistent | None = None,
         start: int = 0,
+        most: int = MOST_OPS,
     ) -> None:
         super().__init__(data, where=where, start=start)
+        self._most = most
         self.broken: list[tuple[Opaque, str]] = []
         self._calls = calls
         self._builds = builds
@@ -85,7 +87,7 @@ class Machine(Cursor):
     def _run(self) -> None:
         handlers = [handler.__get__(self) if handler else None for handler in _HANDLERS]
         data, end = self.data, len(self.data)
-        for _ in range(_MOST_OPS):
+        for _ in range(self._most):
             if self.position >= end:
                 self._truncated()
             op = data[self.position]

@@ -30,14 +30,33 @@ _ALWAYS = frozenset({"torch.device", "torch.strided", *(f"torch.{dtype}" for dty
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """A tensor of a tree to be written whose bytes, C order, are section `index` of the file's task.
+class Zeros:
+    """A run of `nbytes` zero bytes inside a slot, which no section writes: padding."""
 
-    Slots with the same index share their storage, as tied tensors do.
+    nbytes: int
+
+
+Parts = tuple[int | Zeros, ...]
+"""What a storage is made of, in order: a section by its size in bytes, or zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor of a tree to be written whose bytes, C order, are sections of the file's task.
+
+    Mostly they are one section; with `parts` they are the sections and zeros listed there, one after the other. Slots
+    are numbered by `index`, and the task's sections are those of slot 0, then those of slot 1, and so on. Slots with
+    the same index share their storage, as tied tensors do.
     """
 
     index: int
     spec: TensorSpec
+    parts: Parts | None = None
+
+    @property
+    def made_of(self) -> Parts:
+        """`parts`, or the one section."""
+        return (self.spec.nbytes,) if self.parts is None else self.parts
 
 
 Storage = Callable[[Slot | TensorLeaf], str]

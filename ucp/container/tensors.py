@@ -37,6 +37,10 @@ OTHER_STORAGE_SIZES = {
 }
 """Bytes per element of the storage classes whose dtype ucp does not know."""
 
+_LARGE = 1 << 26
+_REPEATS = 256
+"""How often a tensor may repeat the bytes of its storage (``expand``), above a size that does not matter."""
+
 _PLAIN_TYPES = frozenset(
     {
         "torch.Tensor",
@@ -166,6 +170,8 @@ def _check(storage: Extent, dtype: str, offset: Tree, shape: Tree, strides: Tree
     view = _view(storage, dtype, offset, shape, strides)
     if view.size and view.span[1] > storage.offset + storage.nbytes:
         return f"shape {tuple(shape)} reaches {view.span[1] - view.offset} bytes on, past the end of its storage"
+    if view.nbytes > _LARGE and view.nbytes > _REPEATS * storage.nbytes:
+        return f"shape {tuple(shape)} repeats the {storage.nbytes} bytes of its storage to {view.nbytes}"
     return None
 
 

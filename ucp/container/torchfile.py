@@ -69,6 +69,17 @@ class TorchFiles:
             return TorchFile(read_legacy(window, path), (), entry)
         raise _foreign(window, head)
 
+    def read_part(self, window: Window, path: str) -> tuple[Tree, tuple[Checksum, ...]]:
+        """Tree and checksums of a ``torch.save`` zip that is a part of the object at `path`, which `window` shows.
+
+        Offsets are those in the object. Errors as in `read_torch_file`.
+        """
+        head = window.bytes_at(0, min(window.size, 512))
+        if not head.startswith(LOCAL_SIGNATURE):
+            raise _foreign(window, head)
+        archive = _Archive(window, path)
+        return self._tree(archive), tuple(archive.checksums())
+
     def _tree(self, archive: _Archive) -> Tree:
         pickle = archive.read("data.pkl", most=_MOST_PICKLE_BYTES)
         known = self._known.setdefault(pickle, [])
@@ -149,7 +160,7 @@ class _Archive:
         if key not in self.storages:
             entry = self._entry(f"data/{key}")
             offset = data_offset(self.window, entry, self.ends[entry.name], alignment=self.alignment)
-            self.storages[key] = (offset, entry.size)
+            self.storages[key] = (self.window.start + offset, entry.size)
         return self.storages[key]
 
     def _entry(self, name: str) -> ZipEntry:

@@ -12,26 +12,44 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from ucp.container.pickler import Slot, pickled
+from ucp.container.crc import combine
+from ucp.container.pickler import Parts, Slot, Zeros, pickled
 from ucp.errors import UsageError
-from ucp.layout import itemsize, numel
 from ucp.plan import BLOCK_BYTES, Digests
 from ucp.tree import TensorLeaf, Tree
 
 _ALIGNMENT = 64
 _WIDE = 0xFFFFFFFF
+_BLANK = bytes(1 << 20)
 _RECORDS = ((".format_version", b"1"), (".storage_alignment", b"64"), ("byteorder", b"little"))
 _VERSION = ("version", b"3\n")
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """A file of the zip whose local header is at byte `header`. `data` is None for a section's."""
+    """A file of the zip whose local header is at byte `header`: bytes known before, or parts that a task writes."""
 
     name: bytes
     header: int
     size: int
-    data: bytes | None
+    data: bytes | Parts
+
+    def placed(self) -> Iterator[tuple[int, int | Zeros]]:
+        """Each part with the byte at which it starts; nothing where the data is known."""
+        at = self.start
+        for part in () if isinstance(self.data, bytes) else self.data:
+            yield at, part
+            at += _length(part)
+
+    def crc32(self, sections: Iterator[int]) -> int:
+        """CRC-32 of the data, from those of its sections, which are taken from `sections`."""
+        if isinstance(self.data, bytes):
+            return zlib.crc32(self.data)
+        value = 0
+        for part in self.data:
+            other = _zeros_crc32(part.nbytes) if isinstance(part, Zeros) else next(sections)
+            value = combine("crc32", value, other, _length(part)) if value else other
+        return value
 
     @property
     def wide(self) -> bool:
@@ -86,12 +104,12 @@ class TorchFrame:
     """A `ucp.plan.Frame`: a torch file around tensors whose bytes are the sections of a task.
 
     Make one with `TorchFrame.of`; then section i of the task starts at byte ``offsets[i]`` and the task's object has
-    `size` bytes. `storages` are, in order, the bytes of a tensor that the tree itself holds or the size of a section.
+    `size` bytes. `storages` are, in order, the bytes of a tensor that the tree itself holds or the parts of a slot.
     """
 
     archive: str
     pickle: bytes
-    storages: tuple[bytes | int, ...]
+    storages: tuple[bytes | Parts, ...]
     block_bytes: int = BLOCK_BYTES
 
     @classmethod
@@ -118,12 +136,13 @@ class TorchFrame:
     @property
     def offsets(self) -> tuple[int, ...]:
         """Byte at which each section starts."""
-        return tuple(record.start for record in self._records() if record.data is None)
+        return tuple(at for record in self._records() for at, part in record.placed() if isinstance(part, int))
 
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
-        offset, end = self.suffix(Digests((), (0,) * sum(isinstance(storage, int) for storage in self.storages)))
+        records = self._records()
+        offset, end = _suffix(records, [0] * len(records))
         return offset + len(end)
 
     def literals(self) -> Iterable[tuple[int, bytes]]:
@@ -135,44 +154,72 @@ class TorchFrame:
         *before, version = self._records()
         for record in before:
             yield record.header, record.local()
-            if record.data:
-                yield record.start, record.data + record.descriptor(zlib.crc32(record.data))
-            elif record.size and record.stop != version.header:
+            if isinstance(record.data, bytes):
+                if record.data:
+                    yield record.start, record.data + record.descriptor(zlib.crc32(record.data))
+                continue
+            for at, part in record.placed():
+                if isinstance(part, Zeros):
+                    yield from _zeros(at, part.nbytes)
+            if record.size and record.stop != version.header:
                 yield record.start + record.size, record.descriptor(0)
 
     def suffix(self, digests: Digests) -> tuple[int, bytes]:
         """What follows the last storage: its descriptor, the version record and the directory."""
-        *before, version = self._records()
-        sections = iter(digests.crc32)
-        sums = [next(sections) if record.data is None else zlib.crc32(record.data) for record in before]
-        begin, last = version.header, b""
-        if before[-1].data is None and before[-1].size:
-            last = before[-1].descriptor(sums[-1])
-            begin -= len(last)
-        assert version.data is not None
-        sums.append(zlib.crc32(version.data))
-        tail = version.local() + version.data + version.descriptor(sums[-1])
-        central = b"".join(record.central(crc32) for record, crc32 in zip((*before, version), sums, strict=True))
-        return begin, last + tail + central + _end(len(sums), version.stop, len(central))
+        records, sections = self._records(), iter(digests.crc32)
+        return _suffix(records, [record.crc32(sections) for record in records])
 
-    def _records(self) -> Iterator[_Record]:
-        """All files of the zip in order; those of the sections have no data."""
-        contents: list[tuple[str, bytes | int]] = [("data.pkl", self.pickle), *_RECORDS]
+    def _records(self) -> list[_Record]:
+        """All files of the zip in order, the version last."""
+        contents: list[tuple[str, bytes | Parts]] = [("data.pkl", self.pickle), *_RECORDS]
         contents += [(f"data/{key}", storage) for key, storage in enumerate(self.storages)]
         contents.append(_VERSION)
-        header = 0
+        records: list[_Record] = []
         for name, content in contents:
-            size, data = (content, None) if isinstance(content, int) else (len(content), content)
-            record = _Record(f"{self.archive}/{name}".encode(), header, size, data)
-            yield record
-            header = record.stop
+            header = records[-1].stop if records else 0
+            size = len(content) if isinstance(content, bytes) else sum(map(_length, content))
+            records.append(_Record(f"{self.archive}/{name}".encode(), header, size, content))
+        return records
+
+
+def _suffix(records: list[_Record], sums: list[int]) -> tuple[int, bytes]:
+    """The end of the file, from the CRC-32 of every record."""
+    *before, version = records
+    begin, last = version.header, b""
+    if not isinstance(before[-1].data, bytes) and before[-1].size:
+        last = before[-1].descriptor(sums[-2])
+        begin -= len(last)
+    assert isinstance(version.data, bytes)
+    tail = version.local() + version.data + version.descriptor(sums[-1])
+    central = b"".join(record.central(crc32) for record, crc32 in zip(records, sums, strict=True))
+    return begin, last + tail + central + _end(len(sums), version.stop, len(central))
+
+
+def _length(part: int | Zeros) -> int:
+    return part.nbytes if isinstance(part, Zeros) else part
+
+
+def _zeros(offset: int, length: int) -> Iterator[tuple[int, bytes]]:
+    """Literals for `length` zeros; large ones share their bytes, however many there are."""
+    for at in range(0, length, len(_BLANK)):
+        yield offset + at, _BLANK if length - at >= len(_BLANK) else bytes(length - at)
+
+
+def _zeros_crc32(length: int) -> int:
+    """CRC-32 of `length` zero bytes, by doubling."""
+    value, run, size = 0, zlib.crc32(b"\0"), 1
+    while size <= length:
+        if length & size:
+            value = combine("crc32", value, run, size)
+        run, size = combine("crc32", run, run, size), 2 * size
+    return value
 
 
 class _Storages:
     """Numbers storages in the order in which the pickle comes upon them, which is torch's order in the file."""
 
     def __init__(self) -> None:
-        self.found: list[bytes | int] = []
+        self.found: list[bytes | Parts] = []
         self._slots: list[tuple[str, Slot]] = []
 
     def key(self, tensor: Slot | TensorLeaf) -> str:
@@ -186,8 +233,10 @@ class _Storages:
             return self._again(tensor)
         if tensor.index > len(self._slots):
             raise UsageError(f"slot {tensor.index} comes up where slot {len(self._slots)} should")
+        if sum(map(_length, tensor.made_of)) != tensor.spec.nbytes:
+            raise UsageError(f"slot {tensor.index} has parts of another size than its {tensor.spec.nbytes} bytes")
         self._slots.append((key, tensor))
-        self.found.append(numel(tensor.spec.shape) * itemsize(tensor.spec.dtype))
+        self.found.append(tensor.made_of)
         return key
 
     def _again(self, tensor: Slot) -> str:
@@ -200,7 +249,7 @@ class _Storages:
 def dumps(tree: Tree, *, archive: str = "archive", classes: Collection[str] = ()) -> bytes:
     """A whole torch file of a tree whose tensors all hold their bytes inline. UsageError as `TorchFrame.of`."""
     frame = TorchFrame.of(tree, archive=archive, classes=classes)
-    if any(isinstance(storage, int) for storage in frame.storages):
+    if not all(isinstance(storage, bytes) for storage in frame.storages):
         raise UsageError("a tree with slots is written by a task, not in memory")
     _, end = frame.suffix(Digests(()))
     return b"".join(data for _, data in frame.literals()) + end
@@ -217,4 +266,4 @@ def _end(count: int, start: int, length: int) -> bytes:
     )
 
 
-__all__ = ["Slot", "TorchFrame", "dumps"]
+__all__ = ["Slot", "TorchFrame", "Zeros", "dumps"]

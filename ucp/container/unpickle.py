@@ -10,27 +10,36 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ucp.container import arrays, tensors
-from ucp.container.bounds import check_bounds
-from ucp.container.machine import Build, Call, Machine, Persistent
+from ucp.container.bounds import MOST_NODES, check_bounds
+from ucp.container.machine import MOST_OPS, Build, Call, Machine, Persistent
 from ucp.container.values import Reference
 from ucp.errors import CorruptError, UnsafeError
 from ucp.tree import Tree, walk
 
+_FEW = 50_000
+_UNFOLDED = 20
+"""Nodes that a tree may have in any case, and for each byte of its pickle: what is named twice is there twice."""
 
-def unpickle(data: bytes, *, where: str, persistent: Persistent | None = None) -> Tree:
+
+def unpickle(data: bytes, *, where: str, persistent: Persistent | None = None, large: bool = False) -> Tree:
     """The value that the pickle `data` describes, `where` naming its file in errors.
 
     `persistent` gives the value of a persistent id; without it those are an error. CorruptError for a damaged, forged
-    or outsized pickle, UnsafeError for one that names what only an attack does.
+    or outsized pickle, UnsafeError for one that names what only an attack does. With `large` nothing is outsized that
+    is in proportion to its own length.
     """
-    return unpickle_at(data, 0, where=where, persistent=persistent)[0]
+    return unpickle_at(data, 0, where=where, persistent=persistent, large=large)[0]
 
 
-def unpickle_at(data: bytes, start: int, *, where: str, persistent: Persistent | None = None) -> tuple[Tree, int]:
+def unpickle_at(
+    data: bytes, start: int, *, where: str, persistent: Persistent | None = None, large: bool = False
+) -> tuple[Tree, int]:
     """Like `unpickle` for a pickle that starts at byte `start` of `data`; also gives the byte after its end."""
-    machine = Machine(data, where=where, calls=_CALLS, builds=_BUILDS, persistent=persistent, start=start)
+    size = len(data) if large else 0
+    most = max(MOST_OPS, size)
+    machine = Machine(data, where=where, calls=_CALLS, builds=_BUILDS, persistent=persistent, start=start, most=most)
     root = machine.run()
-    check_bounds(root, where=where)
+    check_bounds(root, where=where, most=min(max(MOST_NODES, size), _FEW + _UNFOLDED * (machine.position - start)))
     if machine.broken:
         _report(machine, root)
     return root, machine.position

@@ -10,10 +10,12 @@ from typing import overload
 from crc32c import crc32c
 
 from ucp.catalog import Checksum
-from ucp.errors import CorruptError
+from ucp.errors import CorruptError, NotFoundError
 from ucp.format.manifest import Manifest
-from ucp.format.records import DIGESTS, Array, File
+from ucp.format.pool import name_in
+from ucp.format.records import Array, File
 from ucp.store import Store
+from ucp.store.several import entries_at
 
 
 def read_file(store: Store, file: File) -> bytes:
@@ -28,14 +30,22 @@ def read_file(store: Store, file: File) -> bytes:
 
 
 def listed(store: Store, wanted: Mapping[str, int], *, root: str) -> dict[str, tuple[int, str]]:
-    """Size and fingerprint of the `root` and of every object in `wanted`, a map from path to size; from one listing.
+    """Size and fingerprint of the `root` and of every object in `wanted`, a map from path to size.
 
-    CorruptError if one is missing or has another size.
+    One listing where the store lists; CorruptError if one is missing or has another size, NotFoundError if the root is
+    gone, which was there when it was read.
     """
-    found = {entry.path: entry for entry in store.entries()}
+    found = {entry.path: entry for entry in (store.entries() if store.lists else entries_at(store, [root, *wanted]))}
+    if root not in found:
+        raise NotFoundError(
+            f"{store.url}/{root}: was deleted while it was read", hint="its checkpoint is being deleted"
+        )
     for path, size in wanted.items():
         if path not in found:
-            raise CorruptError(f"{store.url}/{path}: missing", hint="restore it from another copy")
+            hint = (
+                "`ucp cp` copies a checkpoint with what it shares" if name_in(path) else "restore it from another copy"
+            )
+            raise CorruptError(f"{store.url}/{path}: missing", hint=hint)
         if found[path].size != size:
             raise CorruptError(
                 f"{store.url}/{path}: has {found[path].size} bytes, not {size}", hint="restore it from another copy"
@@ -73,7 +83,8 @@ class Checksums(Sequence[Checksum]):
         return self._all
 
     def _load(self) -> Iterator[Checksum]:
-        data = read_file(self.store, self.manifest.files[DIGESTS])
+        digests = self.manifest.places.digests
+        data = read_file(self.store, self.manifest.files[digests])
         at, block_bytes = 0, self.manifest.block_bytes
         for array in (array for record in self.manifest.records for array in record.arrays):
             for number in range(array.grid.count):
@@ -81,14 +92,16 @@ class Checksums(Sequence[Checksum]):
                 yield from self._of_object(array, number, data[at:end])
                 at = end
         if at != len(data):
-            raise CorruptError(f"{self.store.url}/{DIGESTS}: {len(data)} bytes where {at} were expected")
+            raise CorruptError(f"{self.store.url}/{digests}: {len(data)} bytes where {at} were expected")
         for file in self.manifest.files.values():
             yield Checksum(file.path, 0, file.size, "crc32c", file.crc32c)
 
     def _of_object(self, array: Array, number: int, blocks: bytes) -> Iterator[Checksum]:
         shard, path = array.shards[number], array.object(number)
         if len(blocks) != 4 * array.grid.blocks(number, self.manifest.block_bytes) or crc32c(blocks) != shard.blocks:
-            raise CorruptError(f"{self.store.url}/{DIGESTS}: the digests of {path} are not those of the manifest")
+            raise CorruptError(
+                f"{self.store.url}/{self.manifest.places.digests}: the digests of {path} are not those of the manifest"
+            )
         yield Checksum(path, 0, shard.data, "crc32c", shard.header)
         values = struct.unpack(f"<{len(blocks) // 4}I", blocks)
         spans = _block_spans(array, number, shard.data, self.manifest.block_bytes)

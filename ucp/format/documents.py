@@ -10,7 +10,7 @@ from typing import Any
 from crc32c import crc32c
 
 from ucp.errors import CorruptError
-from ucp.format.records import TENSORS, Array, Record
+from ucp.format.records import Array, Places, Record
 
 Json = dict[str, Any]
 
@@ -120,10 +120,13 @@ def root_digest(root: Json) -> int:
     return crc32c(canonical({**root, "attributes": {**attributes, "ucp": manifest}}))
 
 
-def zarr_documents(records: Sequence[Record]) -> dict[str, Json]:
-    """The documents below the root by folder: the group of tensors, then every array in manifest order."""
-    documents = {TENSORS: group_document({})}
+def zarr_documents(records: Sequence[Record], places: Places) -> dict[str, Json]:
+    """The documents below the root by folder: the group of tensors, then every array in manifest order.
+
+    Arrays that share objects have none: a Zarr client would fill in zeros for what it does not find.
+    """
+    documents = {places.tensors: group_document({})}
     for record in records:
-        for array in record.arrays:
+        for array in (array for array in record.arrays if not array.shares):
             documents[array.path] = array_document(record, array)
     return documents

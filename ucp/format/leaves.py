@@ -7,11 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from crc32c import crc32c
-from numpy.lib.stride_tricks import as_strided
 
 from ucp.catalog import Checksum
+from ucp.container.leaves import leaf_bytes
 from ucp.errors import CorruptError
 from ucp.plan import BLOCK_BYTES
 from ucp.store import Store
@@ -28,7 +27,7 @@ class LeafReader:
     _verified: set[Checksum] = field(default_factory=set)
 
     def __call__(self, leaf: TensorLeaf) -> bytes:
-        """The elements in C order, little-endian; CorruptError if they fail a digest."""
+        """The elements in C order, little-endian; CorruptError if they fail a digest, or repeat."""
         extent = leaf.extent
         if leaf.inline is not None or not extent.size:
             return leaf.inline or b""
@@ -36,11 +35,7 @@ class LeafReader:
         for checksum in self._of(extent.object):
             if checksum.offset < stop and start < checksum.offset + checksum.length:
                 self._verify(checksum)
-        data = self.store.read(extent.object, start, stop - start)
-        if extent.is_contiguous:
-            return data
-        strides = tuple(stride * extent.itemsize for stride in extent.strides)
-        return as_strided(np.frombuffer(data, f"V{extent.itemsize}"), extent.shape, strides).tobytes()
+        return leaf_bytes(self.store, leaf)
 
     def _of(self, path: str) -> list[Checksum]:
         if self._by_object is None:

@@ -6,7 +6,7 @@ Normative text: spec/universal-format.md, "Manifest"; schema: spec/universal-man
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
@@ -15,7 +15,8 @@ from ucp.catalog import Catalog, ParamGroup, ProgramRecord, Source
 from ucp.errors import CorruptError, UsageError
 from ucp.format import parse
 from ucp.format.documents import Json, canonical
-from ucp.format.records import VERSION, Array, File, Record
+from ucp.format.pool import SHARED_VERSION
+from ucp.format.records import Array, File, Places, Record
 from ucp.format.state import Decoder, Encoder
 from ucp.lang import to_json
 from ucp.lang.identity import identity
@@ -24,8 +25,8 @@ from ucp.plan import BLOCK_BYTES
 
 FAMILY = "universal"
 _MEMBERS = frozenset(
-    "format version id created_by step block_bytes source tensors ties program param_groups notes state files "
-    "crc32c".split()
+    "format version id created_by generation step block_bytes source tensors ties program param_groups notes state "
+    "files crc32c".split()
 )
 
 
@@ -56,6 +57,7 @@ class Manifest:
     ties: Mapping[str, str]
     notes: tuple[str, ...]
     program: ProgramRecord | None = None
+    places: Places = field(default_factory=Places)
 
     @property
     def source(self) -> Source:
@@ -85,7 +87,10 @@ def read_manifest(raw: Json, *, where: str) -> Manifest:
     """Check `raw`; FitError for a newer major version, CorruptError for whatever is wrong."""
     parse.check_version(raw, where=where)
     block_bytes = parse.block_bytes(raw, where)
-    records = tuple(parse.record(doc, _INERT, block_bytes, where) for doc in parse.items(raw, "tensors", dict, where))
+    places = parse.places(raw, where)
+    records = tuple(
+        parse.record(doc, _INERT, block_bytes, where, places) for doc in parse.items(raw, "tensors", dict, where)
+    )
     files = parse.files(raw, where)
     names = [record.tensor.name for record in records]
     parse.check_unique(names, "tensor", where=where)
@@ -100,7 +105,8 @@ def read_manifest(raw: Json, *, where: str) -> Manifest:
     notes = tuple(parse.items(raw, "notes", str, where))
     detail = _INERT.decode(parse.member(source, "detail", dict, where), where=where)
     program = _read_program(raw["program"], where) if "program" in raw else None
-    return Manifest(raw, records, files, step, block_bytes, _mesh(source, where), detail, ties, notes, program)
+    mesh = _mesh(source, where)
+    return Manifest(raw, records, files, step, block_bytes, mesh, detail, ties, notes, program, places)
 
 
 def _read_program(doc: object, where: str) -> ProgramRecord:
@@ -136,16 +142,23 @@ def _mesh(source: Json, where: str) -> Mesh:
 
 
 def make_manifest(
-    catalog: Catalog, records: Sequence[Record], files: Iterable[File], *, groups: list[Json], digests: bytes
+    catalog: Catalog,
+    records: Sequence[Record],
+    files: Iterable[File],
+    *,
+    groups: list[Json],
+    digests: bytes,
+    places: Places,
 ) -> Json:
     """The manifest of `catalog` laid out as `records`, without its own digest; `groups` are the encoded param groups.
 
-    The same content gives the same manifest: ``id`` is made from content, and there is no time in it.
+    The same content gives the same manifest but for where things lie: ``id`` is made from content, and there is no time
+    in it.
     """
     kept = keeps(catalog)
     content: Json = {
         "format": FAMILY,
-        "version": ".".join(map(str, VERSION)),
+        "version": SHARED_VERSION if places.generation or _shares(records) else "1.0",
         "step": catalog.step,
         "block_bytes": BLOCK_BYTES,
         "source": kept.source if kept.source is not None else _source(catalog.source),
@@ -158,8 +171,17 @@ def make_manifest(
         "files": [{"path": file.path, "size": file.size, "crc32c": file.crc32c} for file in files],
         **kept.manifest,
     }
-    head = {"format": FAMILY, "version": content["version"], "id": _id(content, digests), "created_by": _created_by()}
-    return {**head, **content}
+    head = {
+        "format": FAMILY,
+        "version": content["version"],
+        "id": _id(_unplaced(content, places), digests),
+        "created_by": _created_by(),
+    }
+    return {**head, **({"generation": places.generation} if places.generation else {}), **content}
+
+
+def _shares(records: Sequence[Record]) -> bool:
+    return any(array.shares for record in records for array in record.arrays)
 
 
 def keeps(catalog: Catalog) -> Kept:
@@ -214,6 +236,7 @@ def _array(array: Array) -> Json:
             "header_crc32c": shard.header,
             "index_crc32c": shard.index,
             "blocks_crc32c": shard.blocks,
+            **({"shared": shard.shared} if shard.shared else {}),
         }
         for shard in array.shards
     ]
@@ -226,6 +249,23 @@ def _array(array: Array) -> Json:
         "rows": array.grid.rows,
         "objects": objects,
     }
+
+
+def _unplaced(content: Json, places: Places) -> Json:
+    """`content` as it would be without a generation: where a checkpoint lies does not make it another one."""
+    if not places.generation:
+        return content
+    tensors = [
+        {**tensor, "arrays": [{**array, "path": places.plain(array["path"])} for array in tensor["arrays"]]}
+        for tensor in content["tensors"]
+    ]
+    files = [{**file, "path": places.plain(file["path"])} for file in content["files"]]
+    version = SHARED_VERSION if any("shared" in row for row in _rows(content)) else "1.0"
+    return {**content, "version": version, "tensors": tensors, "files": files}
+
+
+def _rows(content: Json) -> Iterator[Json]:
+    return (row for tensor in content["tensors"] for array in tensor["arrays"] for row in array["objects"])
 
 
 def _id(content: Json, digests: bytes) -> str:

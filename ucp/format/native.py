@@ -12,6 +12,7 @@ from ucp.format import parse
 from ucp.format.checksums import listed
 from ucp.format.leaves import LeafReader
 from ucp.format.native_manifest import FAMILY, ROOT, NativeManifest, loads
+from ucp.format.pool import with_shared
 from ucp.format.state import Decoder
 from ucp.plan import Key
 from ucp.store import Store
@@ -22,6 +23,10 @@ class NativeConverter:
     """Reads family ``native``. Only a running job can write it."""
 
     family: str = FAMILY
+
+    def files(self, store: Store) -> tuple[str, ...]:
+        """The manifest names all others."""
+        return (ROOT,)
 
     def detect(self, store: Store) -> bool:
         """Whether there is a manifest; without one nothing is a checkpoint."""
@@ -37,6 +42,7 @@ class NativeConverter:
             raise UsageError(f"a native checkpoint is read without options, not {' '.join(sorted(options))}")
         where = f"{store.url}/{ROOT}"
         manifest = loads(store.read(ROOT), where=where)
+        store = with_shared(store, (shard.path for shard in manifest.shards))
         checksums = tuple(manifest.checksums())
         decoder = Decoder(manifest.table(where=where), LeafReader(store, checksums))
         specs = {Key(tensor.name, state): spec for tensor in manifest.tensors for state, spec in tensor.states.items()}
@@ -54,6 +60,10 @@ class NativeConverter:
             checksums=checksums,
             objects=_objects(store, manifest),
         )
+
+    def mounted(self, store: Store, catalog: Catalog) -> Store:
+        """`store`, where `catalog` lies, with what that shares with other checkpoints of its run."""
+        return with_shared(store, catalog.objects)
 
     def target(self, catalog: Catalog, store: Store, **options: Any) -> Target:
         """UsageError: there is no rank here whose shards could be written."""

@@ -17,7 +17,9 @@ from ucp.catalog import Checksum, Kind, Scalar, Source, Tensor
 from ucp.errors import CorruptError, FitError, UsageError
 from ucp.format import parse
 from ucp.format.documents import Json, canonical, compact, parsed
-from ucp.format.records import BLOBS, File
+from ucp.format.pool import SHARED_VERSION, name_in, path_of, shared_name
+from ucp.format.records import File
+from ucp.format.spreads import Chain, Tables, tables
 from ucp.format.state import Blob, Decoder, Encoder
 from ucp.layout import Box, Mesh, itemsize
 from ucp.layout.dtypes import ITEMSIZE
@@ -28,17 +30,34 @@ FORM = "distributed"
 ROOT = "ucp.json"
 """The root object, put last: a folder without it is no checkpoint."""
 
-VERSION = (1, 0)
+VERSION = (1, 1)
+"""Newest major and minor version of the format that is known here; 1.0 is written where nothing is shared."""
+
 BLOCK_BYTES = 4 << 20
 """Bytes per digest block of a fragment; part of the format, so it never changes within a major version."""
 
 _KINDS = ("parameter", "frozen", "buffer")
 _SHARD = re.compile(r"shards/[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+_BLOBS = re.compile(r"state/blobs(-[A-Za-z0-9]{1,32})?\.safetensors")
+_OURS = re.compile(r"shards/rank-\d{5,}-\d+(-[0-9a-f]{8})?\.safetensors|state/blobs(-[0-9a-f]{8})?\.safetensors")
+
+
+def blobs_path(tag: str) -> str:
+    """Where a save of that tag puts the tensors of its training state."""
+    return f"state/blobs-{tag}.safetensors"
+
+
+def is_ours(path: str) -> bool:
+    """Whether only a save can have put the object at `path` there."""
+    return _OURS.fullmatch(path) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One object: its size, the byte where data begins, and the crc32c of what is before."""
+    """One object: its size, the byte where data begins, and the crc32c of what is before.
+
+    Its path is that of a file in ``shards/``, or tells its name in the pool of the run (`ucp.format.pool`).
+    """
 
     path: str
     size: int
@@ -68,7 +87,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class NativeManifest:
-    """A manifest. `groups`, `state` and `blobs` are encoded as spec/universal-format.md says under "Trees"."""
+    """A manifest. `groups`, `state` and `blobs` are encoded as spec/universal-format.md says under "Trees".
+
+    `spreads` says how tensors lay on the job's meshes. It is written for people and tools, and not read back.
+    """
 
     id: str
     created_by: str
@@ -82,6 +104,7 @@ class NativeManifest:
     state: Mapping[str, Any] = field(default_factory=dict)
     blobs: Mapping[str, Json] = field(default_factory=dict)
     files: Mapping[str, File] = field(default_factory=dict)
+    spreads: Mapping[str, Sequence[Chain]] = field(default_factory=dict)
 
     def checksums(self) -> Iterator[Checksum]:
         """A checksum over every byte of every object."""
@@ -96,12 +119,15 @@ class NativeManifest:
 
     def table(self, *, where: str) -> dict[str, Blob]:
         """Where the tensors of the training state lie."""
-        held = self.files[BLOBS].size if BLOBS in self.files else 0
+        held = next((file for path, file in self.files.items() if _BLOBS.fullmatch(path)), File("", 0, 0))
         found = {}
         for name, row in self.blobs.items():
-            blob = Blob(parse.dtype(row, where), parse.shape(row, "shape", where), parse.natural(row, "offset", where))
-            if blob.offset + blob.extent.nbytes > held:
-                raise CorruptError(f"{where}: a tensor reaches past the end of {BLOBS}", hint="do not trust this file")
+            offset = parse.natural(row, "offset", where)
+            blob = Blob(parse.dtype(row, where), parse.shape(row, "shape", where), offset, held.path)
+            if blob.offset + blob.extent.nbytes > held.size:
+                raise CorruptError(
+                    f"{where}: a tensor reaches past the end of {held.path}", hint="do not trust this file"
+                )
             found[name] = blob
         return found
 
@@ -109,10 +135,10 @@ class NativeManifest:
 def dumps(manifest: NativeManifest) -> bytes:
     """The bytes of ``ucp.json``."""
     numbers = {shard.path: number for number, shard in enumerate(manifest.shards)}
-    source = manifest.source
+    source, record = manifest.source, tables(manifest.spreads)
     doc: Json = {
         "format": FORM,
-        "version": ".".join(map(str, VERSION)),
+        "version": SHARED_VERSION if any(name_in(shard.path) for shard in manifest.shards) else "1.0",
         "id": manifest.id,
         "created_by": manifest.created_by,
         "step": manifest.step,
@@ -123,9 +149,11 @@ def dumps(manifest: NativeManifest) -> bytes:
             "detail": _PLAIN.encode(dict(source.detail), where="source"),
         },
         "shards": [
-            {"path": s.path, "size": s.size, "data": s.data, "header_crc32c": s.header} for s in manifest.shards
+            {**_place(s.path), "size": s.size, "data": s.data, "header_crc32c": s.header} for s in manifest.shards
         ],
-        "tensors": [_tensor_doc(tensor, manifest.parts, numbers) for tensor in manifest.tensors],
+        "meshes": record.meshes,
+        "layouts": record.layouts,
+        "tensors": [_tensor_doc(tensor, manifest.parts, numbers, record) for tensor in manifest.tensors],
         "ties": dict(manifest.ties),
         "param_groups": list(manifest.groups),
         "state": dict(manifest.state),
@@ -135,7 +163,14 @@ def dumps(manifest: NativeManifest) -> bytes:
     return compact({**doc, "crc32c": crc32c(canonical(doc))})
 
 
-def _tensor_doc(tensor: Tensor, parts: Mapping[Key, tuple[Part, ...]], numbers: Mapping[str, int]) -> Json:
+def _place(path: str) -> Json:
+    shared = name_in(path)
+    return {"path": path} if shared is None else {"shared": shared}
+
+
+def _tensor_doc(
+    tensor: Tensor, parts: Mapping[Key, tuple[Part, ...]], numbers: Mapping[str, int], record: Tables
+) -> Json:
     states = {
         state: {
             "dtype": spec.dtype,
@@ -150,13 +185,14 @@ def _tensor_doc(tensor: Tensor, parts: Mapping[Key, tuple[Part, ...]], numbers: 
     scalars = {
         key: {"value": _PLAIN.encode(scalar.value), "dtype": scalar.dtype} for key, scalar in tensor.scalars.items()
     }
-    return {"name": tensor.name, "kind": tensor.kind, "states": states, "scalars": scalars}
+    layout = {"layout": record.of[tensor.name]} if tensor.name in record.of else {}
+    return {"name": tensor.name, "kind": tensor.kind, **layout, "states": states, "scalars": scalars}
 
 
 def loads(data: bytes, *, where: str) -> NativeManifest:
     """Read and check ``ucp.json``; FitError for a newer major version, CorruptError for whatever is wrong."""
     doc = parsed(data, where=where)
-    _check_version(doc, where)
+    check_version(doc, where)
     without = {key: value for key, value in doc.items() if key != "crc32c"}
     if parse.natural(doc, "crc32c", where) != crc32c(canonical(without)):
         raise CorruptError(
@@ -183,7 +219,8 @@ def loads(data: bytes, *, where: str) -> NativeManifest:
     )
 
 
-def _check_version(doc: Json, where: str) -> None:
+def check_version(doc: Json, where: str) -> None:
+    """FitError for a newer major version, CorruptError for what is no manifest."""
     found = re.fullmatch(r"(\d{1,9})\.(\d{1,9})", parse.text(doc, "version", where))
     if doc.get("format") != FORM or found is None:
         raise CorruptError(f"{where}: no distributed checkpoint of a known version")
@@ -209,9 +246,10 @@ def _source(doc: Json, where: str) -> Source:
 def _shards(doc: Json, where: str) -> tuple[Shard, ...]:
     found = []
     for row in parse.items(doc, "shards", dict, where):
-        path, size, data = parse.text(row, "path", where), parse.natural(row, "size", where), 0
+        shared, size = shared_name(row, where), parse.natural(row, "size", where)
+        path = parse.text(row, "path", where) if shared is None else path_of(shared)
         data = parse.natural(row, "data", where, below=size + 1)
-        if not _SHARD.fullmatch(path):
+        if shared is None and not _SHARD.fullmatch(path):
             raise CorruptError(f"{where}: {path!r} is not a path of a shard", hint="do not trust this file")
         found.append(Shard(path, size, data, parse.natural(row, "header_crc32c", where, below=2**32)))
     parse.check_unique([shard.path.lower() for shard in found], "shard", where=where)

@@ -12,7 +12,8 @@ from ucp.catalog import Kind, Scalar, Tensor
 from ucp.errors import CorruptError, FitError
 from ucp.format.documents import Json
 from ucp.format.grid import Grid
-from ucp.format.records import TENSORS, VERSION, Array, File, Record, Shard
+from ucp.format.pool import shared_name
+from ucp.format.records import VERSION, Array, File, Places, Record, Shard
 from ucp.format.state import Decoder
 from ucp.layout import Shape, itemsize
 from ucp.layout.dtypes import ITEMSIZE
@@ -21,7 +22,7 @@ from ucp.plan import TensorSpec
 T = TypeVar("T")
 _PART = r"[A-Za-z0-9=_-][A-Za-z0-9._=@-]{0,254}"
 _PATH = re.compile(rf"{_PART}(?:/{_PART})*")
-_ARRAY = re.compile(rf"{TENSORS}/{_PART}")
+_PLACE = re.compile(_PART)
 _KINDS = ("parameter", "frozen", "buffer")
 _MOST = 2**63
 _MOST_DIMS = 32
@@ -95,14 +96,22 @@ def dtype(doc: Json, where: str) -> str:
     return found
 
 
-def record(doc: Json, decoder: Decoder, block_bytes: int, where: str) -> Record:
+def places(doc: Json, where: str) -> Places:
+    """Where the objects of the manifest's generation lie."""
+    found = text({"generation": "", **doc}, "generation", where)
+    if not re.fullmatch(r"\w{0,32}", found, re.ASCII):
+        raise CorruptError(f"{where}: {found!r} is no generation", hint="do not trust this file")
+    return Places(found)
+
+
+def record(doc: Json, decoder: Decoder, block_bytes: int, where: str, places: Places) -> Record:
     """One tensor of the manifest, whose data has digests every `block_bytes`."""
     name = text(doc, "name", where)
     where = f"{where}: tensor {name!r}"
     kind = text(doc, "kind", where)
     if kind not in _KINDS:
         raise CorruptError(f"{where}: unknown kind {kind!r}")
-    arrays = tuple(_array(array, block_bytes, where) for array in items(doc, "arrays", dict, where))
+    arrays = tuple(_array(array, block_bytes, where, places) for array in items(doc, "arrays", dict, where))
     specs = [(state, TensorSpec(a.grid.shape, a.grid.dtype)) for a in arrays for state in a.states]
     if len(dict(specs)) != len(specs):
         raise CorruptError(f"{where}: a state is given twice")
@@ -121,10 +130,11 @@ def _scalar(doc: Json, decoder: Decoder, where: str) -> Scalar:
     return Scalar(value, kind)
 
 
-def _array(doc: Json, block_bytes: int, where: str) -> Array:
+def _array(doc: Json, block_bytes: int, where: str, places: Places) -> Array:
     path = text(doc, "path", where)
     where = f"{where}: array {path}"
-    if not _ARRAY.fullmatch(path):
+    folder, _, name = path.partition("/")
+    if folder != places.tensors or not _PLACE.fullmatch(name):
         raise CorruptError(f"{where}: not a path of an array", hint="do not trust this file")
     states = tuple(items(doc, "states", str, where))
     if not states:
@@ -170,8 +180,10 @@ def block_bytes(doc: Json, where: str) -> int:
 
 def _shard(doc: Json, where: str) -> Shard:
     size, data = natural(doc, "size", where), natural(doc, "data", where)
-    digests = (natural(doc, key, where, below=2**32) for key in ("header_crc32c", "index_crc32c", "blocks_crc32c"))
-    return Shard(size, data, *digests)
+    header, index, blocks = (
+        natural(doc, f"{part}_crc32c", where, below=2**32) for part in ("header", "index", "blocks")
+    )
+    return Shard(size, data, header, index, blocks, shared_name(doc, where) or "")
 
 
 def files(doc: Json, where: str) -> dict[str, File]:

@@ -15,7 +15,7 @@ from typing import Any
 from ucp.container.values import Reference, Size
 from ucp.errors import CorruptError, FitError
 from ucp.format.documents import canonical
-from ucp.format.records import BLOBS
+from ucp.format.records import PLAIN
 from ucp.format.shard import framed
 from ucp.layout import Shape, itemsize
 from ucp.layout.dtypes import SAFETENSORS
@@ -38,11 +38,12 @@ class Blob:
     dtype: str
     shape: Shape
     offset: int
+    path: str = PLAIN.blobs
 
     @property
     def extent(self) -> Extent:
         """Where it lies."""
-        return Extent.contiguous(BLOBS, self.offset, self.shape, self.dtype)
+        return Extent.contiguous(self.path, self.offset, self.shape, self.dtype)
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class Encoder:
 
     read: Read
     _blobs: dict[tuple[str, Shape, bytes], str] = field(default_factory=dict)
+    _placed: dict[Extent, dict[str, str]] = field(default_factory=dict)
 
     def encode(self, tree: Tree, *, where: str = "state") -> Any:
         """`tree` as JSON values; FitError naming `where` for a value that is no part of a tree."""
@@ -98,9 +100,13 @@ class Encoder:
         return {"module": node.module, "name": node.name, **held}
 
     def _tensor(self, leaf: TensorLeaf) -> dict[str, Any]:
-        data = self.read(leaf) if leaf.inline is None else leaf.inline
-        found = {"dtype": leaf.extent.dtype, "shape": list(leaf.extent.shape), "numpy": leaf.numpy}
-        return found | self._place(leaf.extent.dtype, leaf.extent.shape, data)
+        extent = leaf.extent
+        found = {"dtype": extent.dtype, "shape": list(extent.shape), "numpy": leaf.numpy}
+        if leaf.inline is not None:
+            return found | self._place(extent.dtype, extent.shape, leaf.inline)
+        if extent not in self._placed:  # a small pickle can name a large tensor many times
+            self._placed[extent] = self._place(extent.dtype, extent.shape, self.read(leaf))
+        return found | self._placed[extent]
 
     def _bytes(self, data: bytes) -> dict[str, Any]:
         return {"$bytes": self._place("uint8", (len(data),), data)}
@@ -163,6 +169,7 @@ class Decoder:
 
     blobs: Mapping[str, Blob]
     read: Read
+    _held: dict[str, bytes] = field(default_factory=dict)
 
     def decode(self, value: Any, *, where: str = "state") -> Tree:
         """The tree; CorruptError naming `where` for anything that `Encoder` does not write."""
@@ -215,7 +222,10 @@ class Decoder:
     def _bytes(self, body: dict[str, Any]) -> bytes:
         if "data" in body:
             return base64.b64decode(body["data"], validate=True)
-        return self.read(TensorLeaf(self.blobs[body["blob"]].extent))
+        name = _text(body["blob"])
+        if name not in self._held:  # a small document can name a large blob many times
+            self._held[name] = self.read(TensorLeaf(self.blobs[name].extent))
+        return self._held[name]
 
     def _object(self, body: dict[str, Any]) -> Opaque:
         def part(key: str) -> list[Tree]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from crc32c import crc32c
@@ -15,7 +15,7 @@ from ucp.format.grid import SHARD_BYTES, Grid
 from ucp.format.leaves import LeafReader
 from ucp.format.manifest import FAMILY, encode_groups, keeps, make_manifest
 from ucp.format.names import component
-from ucp.format.records import BLOBS, DIGESTS, ROOT, STATE, TENSORS, Array, File, Record, Shard
+from ucp.format.records import PLAIN, ROOT, Array, File, Places, Record, Shard, is_ours
 from ucp.format.shard import INDEX, ShardFrame
 from ucp.format.state import Encoder
 from ucp.plan import Digests, Task, TensorSpec
@@ -33,39 +33,61 @@ class UniversalTarget:
     family: str = FAMILY
     root: str = ROOT
     notes: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    shard_bytes: int = SHARD_BYTES
+    places: Places = PLAIN
+    shared: Callable[[], Mapping[str, str]] = dict
+
+    def relocated(self, generation: str) -> UniversalTarget:
+        """The same checkpoint under names of its own, beside another one that it is to replace."""
+        return replace(
+            make_target(self.catalog, self.store, shard_bytes=self.shard_bytes, places=Places(generation)),
+            shared=self.shared,
+        )
+
+    def sharing(self, shared: Callable[[], Mapping[str, str]]) -> UniversalTarget:
+        """The same checkpoint, whose objects `shared` tells, once they are written, which lie in the pool: by path."""
+        return replace(self, shared=shared)
+
+    def is_ours(self, path: str) -> bool:
+        """Whether an object of that name may be part of a checkpoint of this family, of any generation."""
+        return is_ours(path)
 
     def finish(self, digests: Mapping[str, Digests]) -> Iterator[tuple[str, bytes]]:
         """Zarr metadata, training state and block digests, then the root with the manifest."""
-        records = [_digested(record, digests) for record in self.records]
-        documents = zarr_documents(records)
+        shared = self.shared()
+        records = [_digested(record, digests, shared) for record in self.records]
+        documents, places = zarr_documents(records, self.places), self.places
         encoder = Encoder(LeafReader(self.store, self.catalog.checksums))
-        blocks = b"".join(_blocks(digests[path]) for record in records for _, path in _objects(record))
+        blocks = b"".join(_blocks(digests[path]) for record in self.records for _, path in _objects(record))
         state = {name: encoder.encode(tree, where=name) for name, tree in self.catalog.state.items()}
         groups = encode_groups(self.catalog, encoder)
         blobs, table = encoder.blobs()
         small = {f"{folder}/{ROOT}": compact(document) for folder, document in documents.items()}
         if blobs:
-            small[BLOBS] = blobs
-        small[STATE] = compact({"blobs": table, "state": state})
-        small[DIGESTS] = blocks
+            small[places.blobs] = blobs
+        small[places.state] = compact({"blobs": table, "state": state})
+        small[places.digests] = blocks
         files = [File(path, len(data), crc32c(data)) for path, data in small.items()]
         yield from small.items()
-        manifest = make_manifest(self.catalog, records, files, groups=groups, digests=blocks)
+        manifest = make_manifest(self.catalog, records, files, groups=groups, digests=blocks, places=places)
         yield ROOT, compact(root_document(manifest, documents, keeps(self.catalog).attributes))
 
 
-def make_target(catalog: Catalog, store: Store, *, shard_bytes: int = SHARD_BYTES) -> UniversalTarget:
+def make_target(
+    catalog: Catalog, store: Store, *, shard_bytes: int = SHARD_BYTES, places: Places = PLAIN
+) -> UniversalTarget:
     """Lay `catalog`, which lies in `store`, out in objects of about `shard_bytes` data bytes."""
     extra = keeps(catalog).tensors
     records = tuple(
-        Record(tensor, tuple(_arrays(tensor, shard_bytes)), extra.get(name, {}))
+        Record(tensor, tuple(_arrays(tensor, shard_bytes, places.tensors)), extra.get(name, {}))
         for name, tensor in catalog.tensors.items()
     )
     tasks = tuple(_task(catalog, frame, path) for record in records for frame, path in _objects(record))
-    return UniversalTarget(catalog, store, records, tasks)
+    return UniversalTarget(catalog, store, records, tasks, shard_bytes=shard_bytes, places=places)
 
 
-def _arrays(tensor: Tensor, shard_bytes: int) -> Iterator[Array]:
+def _arrays(tensor: Tensor, shard_bytes: int, place: str) -> Iterator[Array]:
     """One array per shape and dtype, the one with ``value`` first."""
     groups: dict[TensorSpec, list[str]] = {}
     for state in sorted(tensor.states, key=lambda state: state != "value"):
@@ -75,7 +97,7 @@ def _arrays(tensor: Tensor, shard_bytes: int) -> Iterator[Array]:
     for number, (spec, states) in enumerate(groups.items()):
         folder = component(tensor.name, states[0] if number else None)
         grid = Grid.choose(len(states), spec.shape, spec.dtype, shard_bytes=shard_bytes)
-        yield Array(f"{TENSORS}/{folder}", tuple(states), grid)
+        yield Array(f"{place}/{folder}", tuple(states), grid)
 
 
 def _objects(record: Record) -> Iterator[tuple[ShardFrame, str]]:
@@ -91,9 +113,11 @@ def _task(catalog: Catalog, frame: ShardFrame, path: str) -> Task:
     return frame.task(path, covers, witnesses)
 
 
-def _digested(record: Record, digests: Mapping[str, Digests]) -> Record:
-    """The record with its objects, whose digests are known now."""
-    shards = {path: _shard(frame, digests[path]) for frame, path in _objects(record)}
+def _digested(record: Record, digests: Mapping[str, Digests], shared: Mapping[str, str]) -> Record:
+    """The record with its objects, whose digests are known now, and of which some are `shared` under a name."""
+    shards = {
+        path: replace(_shard(frame, digests[path]), shared=shared.get(path, "")) for frame, path in _objects(record)
+    }
     arrays = (
         replace(array, shards=tuple(shards[array.object(number)] for number in range(array.grid.count)))
         for array in record.arrays

@@ -14,7 +14,8 @@ from ucp.format.documents import Json, parsed, root_digest, zarr_documents
 from ucp.format.grid import SHARD_BYTES
 from ucp.format.leaves import LeafReader
 from ucp.format.manifest import FAMILY, Manifest, read_manifest
-from ucp.format.records import BLOBS, DIGESTS, ROOT, STATE, File
+from ucp.format.pool import with_shared
+from ucp.format.records import ROOT, File
 from ucp.format.state import Blob, Decoder
 from ucp.format.target import UniversalTarget, make_target
 from ucp.layout import Shape
@@ -29,6 +30,11 @@ class UniversalConverter:
     """Reads and writes family ``universal``."""
 
     family: str = FAMILY
+    shares: bool = True
+
+    def files(self, store: Store) -> tuple[str, ...]:
+        """The root names all others."""
+        return (ROOT,)
 
     def detect(self, store: Store) -> bool:
         """Whether there is a root group with a manifest; without a root nothing is a checkpoint."""
@@ -44,7 +50,8 @@ class UniversalConverter:
         """
         if options:
             raise UsageError(f"a universal checkpoint is read without options, not {' '.join(sorted(options))}")
-        attributes, manifest = _read_root(store)
+        attributes, manifest = read_root(store)
+        store = with_shared(store, _data_objects(manifest))
         where = f"{store.url}/{ROOT}"
         decoder, state = _read_state(store, manifest)
         fragments: dict[Key, tuple[Fragment, ...]] = {}
@@ -66,6 +73,10 @@ class UniversalConverter:
             notes=manifest.notes,
             options={FAMILY: manifest.kept(attributes)},
         )
+
+    def mounted(self, store: Store, catalog: Catalog) -> Store:
+        """`store`, where `catalog` lies, with what that shares with other checkpoints of its run."""
+        return with_shared(store, catalog.objects)
 
     def target(
         self, catalog: Catalog, store: Store, *, shard_bytes: int | str = SHARD_BYTES, **options: Any
@@ -92,7 +103,7 @@ def _amount(name: str, value: object) -> int:
     return int(found[1]) * int((1024 if found[3] else 1000) ** power)
 
 
-def _read_root(store: Store) -> tuple[Json, Manifest]:
+def read_root(store: Store) -> tuple[Json, Manifest]:
     """Attributes of the root group, and its manifest, checked against its digest and its consolidated metadata."""
     where = f"{store.url}/{ROOT}"
     root = parsed(store.read(ROOT), where=where)
@@ -112,35 +123,42 @@ def _read_root(store: Store) -> tuple[Json, Manifest]:
 
 def _check_files(manifest: Manifest, where: str) -> None:
     """CorruptError if a small file that every checkpoint has is not listed."""
-    needed = {STATE, DIGESTS, *(f"{folder}/{ROOT}" for folder in zarr_documents(manifest.records))}
+    places = manifest.places
+    folders = zarr_documents(manifest.records, places)
+    needed = {places.state, places.digests, *(f"{folder}/{ROOT}" for folder in folders)}
     missing = sorted(needed - manifest.files.keys())
     if missing:
         raise CorruptError(f"{where}: does not list {missing[0]}")
 
 
 def _read_state(store: Store, manifest: Manifest) -> tuple[Decoder, Json]:
-    where = f"{store.url}/{STATE}"
-    doc = parsed(read_file(store, manifest.files[STATE]), where=where)
-    file = manifest.files.get(BLOBS, File(BLOBS, 0, 0))
-    blobs = {name: _blob(row, file.size, where) for name, row in parse.members(doc, "blobs", dict, where)}
-    reader = LeafReader(store, [Checksum(BLOBS, 0, file.size, "crc32c", file.crc32c)])
+    places = manifest.places
+    where = f"{store.url}/{places.state}"
+    doc = parsed(read_file(store, manifest.files[places.state]), where=where)
+    file = manifest.files.get(places.blobs, File(places.blobs, 0, 0))
+    blobs = {name: _blob(row, file, where) for name, row in parse.members(doc, "blobs", dict, where)}
+    reader = LeafReader(store, [Checksum(file.path, 0, file.size, "crc32c", file.crc32c)])
     return Decoder(blobs, reader), parse.member(doc, "state", dict, where)
 
 
-def _blob(row: Json, held: int, where: str) -> Blob:
+def _blob(row: Json, file: File, where: str) -> Blob:
     shape: Shape = parse.shape(row, "shape", where)
-    blob = Blob(parse.dtype(row, where), shape, parse.natural(row, "offset", where))
-    if blob.offset + blob.extent.nbytes > held:
-        raise CorruptError(f"{where}: a tensor reaches past the end of {BLOBS}", hint="do not trust this file")
+    blob = Blob(parse.dtype(row, where), shape, parse.natural(row, "offset", where), file.path)
+    if blob.offset + blob.extent.nbytes > file.size:
+        raise CorruptError(f"{where}: a tensor reaches past the end of {file.path}", hint="do not trust this file")
     return blob
 
 
 def _objects(store: Store, manifest: Manifest) -> dict[str, tuple[int, str]]:
     """Size and fingerprint of every object; CorruptError if one is missing or has another size."""
-    wanted = {path: file.size for path, file in manifest.files.items()}
-    for array in (array for record in manifest.records for array in record.arrays):
-        wanted |= {array.object(number): shard.size for number, shard in enumerate(array.shards)}
-    return listed(store, wanted, root=ROOT)
+    files = {path: file.size for path, file in manifest.files.items()}
+    return listed(store, files | _data_objects(manifest), root=ROOT)
+
+
+def _data_objects(manifest: Manifest) -> dict[str, int]:
+    """Size of every object of an array, by path."""
+    arrays = [array for record in manifest.records for array in record.arrays]
+    return {array.object(number): shard.size for array in arrays for number, shard in enumerate(array.shards)}
 
 
 CONVERTER = UniversalConverter()

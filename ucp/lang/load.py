@@ -17,6 +17,7 @@ from ucp.lang.parser import parse
 
 _SUFFIXES = (".ucp", ".json")
 _MOST_BYTES = 1 << 26
+_PIECE_BYTES = 1 << 20
 
 
 def load_program(name_or_path: str | Path) -> Program:
@@ -51,10 +52,12 @@ def _shipped_hint(name: str) -> str:
 
 
 def _read(source: Traversable, *, name: str) -> Program:
+    data = b""
     with source.open("rb") as file:
-        data = file.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
-        raise program_error(None, at=None, kind="limit", cause=f"longer than {_MOST_BYTES} bytes", file=name)
+        while chunk := file.read(_PIECE_BYTES):  # one read of the most that it may be would take that much memory
+            data += chunk
+            if len(data) > _MOST_BYTES:
+                raise program_error(None, at=None, kind="limit", cause=f"longer than {_MOST_BYTES} bytes", file=name)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

@@ -8,7 +8,7 @@ from ucp.layout.invalid import LayoutError
 from ucp.layout.mesh import Mesh
 from ucp.layout.pack import Packed, compile_pack
 from ucp.layout.pads import saved_pads
-from ucp.layout.region import Box, FlatRange, Region, Shape, as_flat, boxes, numel, ravel, row_major_strides
+from ucp.layout.region import Box, FlatRange, Region, Shape, as_flat, boxes, numel, ravel, row_major_strides, unravel
 from ucp.layout.setting import Setting
 from ucp.layout.spell import spell
 
@@ -42,5 +42,6 @@ __all__ = [
     "row_major_strides",
     "saved_pads",
     "spell",
+    "unravel",
     "without_dims",
 ]

@@ -34,6 +34,15 @@ def ravel(index: Shape, shape: Shape) -> int:
     return flat
 
 
+def unravel(position: int, shape: Shape) -> Shape:
+    """Index of the element at row-major `position` of a tensor of `shape`, none of whose dims is 0."""
+    index = []
+    for size in reversed(shape):
+        position, i = divmod(position, size)
+        index.append(i)
+    return tuple(reversed(index))
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """A rectangular region: `start` and `shape`, one entry per dim. A scalar's box has none."""

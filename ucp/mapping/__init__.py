@@ -1,7 +1,18 @@
-"""From what ranks hold to logical tensors, as a conversion program says: catalogs in, one catalog out, no data read."""
+"""Between what ranks hold and logical tensors, as a conversion program says. Catalogs in and out, no data read."""
 
 from ucp.mapping.around import Part
 from ucp.mapping.consolidate import consolidate
-from ucp.mapping.source import ProgramLike, as_program, read_source
+from ucp.mapping.scatter import scatter
+from ucp.mapping.source import AUTO, ProgramLike, as_program, is_logical, known_flags, read_source
 
-__all__ = ["Part", "ProgramLike", "as_program", "consolidate", "read_source"]
+__all__ = [
+    "AUTO",
+    "Part",
+    "ProgramLike",
+    "as_program",
+    "consolidate",
+    "is_logical",
+    "known_flags",
+    "read_source",
+    "scatter",
+]

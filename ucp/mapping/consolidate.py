@@ -6,23 +6,29 @@ catalog is like any other. It can be opened, loaded and converted, and its repli
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import cast
 
 from ucp.catalog import Catalog, ProgramRecord, Scalar, Tensor
 from ucp.errors import ConflictError, FitError, UsageError
 from ucp.lang import Program, to_json
 from ucp.lang.bind import Bound, Held, Piece, bind
-from ucp.layout import Mesh
+from ucp.layout import Box, Mesh
+from ucp.layout.block import Block
 from ucp.mapping import around
 from ucp.mapping.around import Part, told
 from ucp.mapping.ties import Shards, bind_tied
 from ucp.plan import Fragment, Key, Reduction, TensorSpec
 from ucp.plan.compose import compose
 from ucp.plan.views import spelled_out
+
+_FEW = 32
+"""Fragments that are not worth an index."""
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 """What can be cast into each other as it is read."""
@@ -142,7 +148,7 @@ class _Consolidation:
             number, source = self.shards.origin[piece.held]
             _check_cast(key, self.shards.held[piece.held].dtype, spec.dtype)
             held = self.parts[number][1].fragments[source]
-            found += list(self._composed(piece, held))
+            found += list(self._composed(key, piece, held))
         return tuple(found)
 
     def witnesses(self) -> dict[str, tuple[TensorSpec, tuple[Fragment, ...]]]:
@@ -167,23 +173,41 @@ class _Consolidation:
                 return None
             spec, held = catalog.witnesses[source.name]
             dtypes.add(spec.dtype)
-            fragments += list(self._composed(piece, held))
+            fragments += list(self._composed(key, piece, held))
         if len(dtypes) != 1:
             return None
         return TensorSpec(self.bound.tensors[key].shape, dtypes.pop()), tuple(fragments)
 
-    def _composed(self, piece: Piece, fragments: Sequence[Fragment]) -> Iterator[Fragment]:
+    def _composed(self, key: Key, piece: Piece, fragments: Sequence[Fragment]) -> Iterator[Fragment]:
         """`fragments` of a shard inside a piece of it; replicas of a replica get numbers of their own."""
         number, source = self.shards.origin[piece.held]
         catalog, shape = self.parts[number][1], self.shards.held[piece.held].shape
         if catalog.reductions.get(source) is not None:
             raise FitError(f"{source}: is a {catalog.reductions[source]} already", hint="convert the source first")
         numbers = 1 + max((fragment.replica for fragment in fragments), default=0)
-        view = catalog.views.get(source)
-        for fragment in fragments:
+        view, own = self.bound.tensors[key].view, catalog.views.get(source)
+        for fragment in self._near(fragments, piece.block):
             replica = piece.replica * numbers + fragment.replica
-            for plain in [fragment] if view is None else spelled_out(fragment, view):
-                yield from compose(plain, piece.block, shape, replica=replica, term=piece.term)
+            for plain in [fragment] if own is None else spelled_out(fragment, own):
+                yield from compose(plain, piece.block, shape, view=view, replica=replica, term=piece.term)
+
+    def _near(self, fragments: Sequence[Fragment], block: Block) -> Sequence[Fragment]:
+        """Those that may hold something of `block`: a stacked tensor has the fragments of all its layers."""
+        if len(fragments) < _FEW or not block.start:
+            return fragments
+        if id(fragments) not in self._sorted:
+            self._sorted[id(fragments)] = _by_first_dim(fragments)
+        index = self._sorted[id(fragments)]
+        if index is None:
+            return fragments
+        starts, ends, order = index
+        reach = [(n - 1) * step for n, (dim, step) in zip(block.box.shape, block.steps, strict=True) if dim == 0]
+        low, high = (block.start[0] + sum(limit(0, step) for step in reach) for limit in (min, max))
+        return [fragments[i] for i in order[bisect_right(ends, low) : bisect_right(starts, high)]]
+
+    @cached_property
+    def _sorted(self) -> dict[int, tuple[list[int], list[int], list[int]] | None]:
+        return {}
 
     def notes(self) -> Iterator[str]:
         """What the program left out, and what is no longer what any rank held."""
@@ -193,6 +217,15 @@ class _Consolidation:
         for kind in sorted(set(self.bound.reduces.values())):
             made = dict.fromkeys(name for (name, _), found in self.bound.reduces.items() if found == kind)
             yield f"the {kind} of what ranks hold: {_counted(list(made))}"
+
+
+def _by_first_dim(fragments: Sequence[Fragment]) -> tuple[list[int], list[int], list[int]] | None:
+    """Starts, furthest stops so far, and numbers of boxes in order of their first dim; None if some are no boxes."""
+    boxes = [fragment.region for fragment in fragments]
+    held = sorted((box.start[0], box.stop[0], i) for i, box in enumerate(boxes) if isinstance(box, Box))
+    if len(held) < len(fragments):
+        return None
+    return [start for start, _, _ in held], list(accumulate((stop for _, stop, _ in held), max)), [i for *_, i in held]
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from ucp.layout import Box, FlatRange, Region, Shape, as_flat, boxes, itemsize, numel, ravel, row_major_strides
 
+ZEROS = "\0zeros"
+"""The object of extents that no object holds and that read as zeros: padding which a target asks for."""
+
 
 class Key(NamedTuple):
     """One state of one logical tensor, such as ``("embed.weight", "exp_avg")``."""

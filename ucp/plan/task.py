@@ -6,12 +6,12 @@ and one that was cut short is simply run again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ucp.layout import FlatRange, itemsize
-from ucp.plan.fragment import Extent, Fragment
+from ucp.plan.fragment import ZEROS, Extent, Fragment
 from ucp.plan.match import Cover
 
 BLOCK_BYTES = 4 << 20
@@ -34,28 +34,39 @@ class Witness:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A run of bytes of an object that holds one flat range of a logical tensor, C order, in the cover's dtype."""
+    """A run of bytes of an object that holds one flat range of a logical tensor, in C order.
+
+    Elements are written in `dtype`, rounded from the cover's own if that is another. Replicas and the witness are
+    compared before.
+    """
 
     offset: int
     region: FlatRange
     cover: Cover
     witness: Witness | None = None
+    dtype: str = ""
+    """Empty for the cover's."""
+
+    @property
+    def written_dtype(self) -> str:
+        """The dtype of the elements in the object."""
+        return self.dtype or self.cover.spec.dtype
 
     @property
     def nbytes(self) -> int:
         """Length of the section."""
-        return self.region.length * itemsize(self.cover.spec.dtype)
+        return self.region.length * itemsize(self.written_dtype)
 
     def blocks(self, block_bytes: int) -> Iterator[FlatRange]:
-        """Cut the section's range into consecutive ranges of at most `block_bytes` bytes."""
+        """Cut the section's range into consecutive ranges of at most `block_bytes` written bytes."""
         if not self.region.length:
             return
-        step = max(1, block_bytes // (self.nbytes // self.region.length))
+        step = max(1, block_bytes // itemsize(self.written_dtype))
         for start in range(self.region.start, self.region.stop, step):
             yield FlatRange(start, min(step, self.region.stop - start))
 
     def target(self, region: FlatRange, object: str = "") -> Fragment:
-        """The fragment of this section's object (or of a buffer) that `region` fills, from offset 0."""
+        """The fragment of a buffer that `region` fills in the cover's dtype, from offset 0."""
         return Fragment(region, Extent.contiguous(object, 0, (region.length,), self.cover.spec.dtype))
 
 
@@ -86,6 +97,14 @@ class Frame(Protocol):
 
     def suffix(self, digests: Digests) -> tuple[int, bytes]:
         """(offset, bytes) written last; ends the object."""
+
+
+@runtime_checkable
+class Chain(Frame, Protocol):
+    """A frame of several files one after another, each of which ends with digests of its own sections."""
+
+    def after(self, crc32: Sequence[int]) -> Iterable[tuple[int, bytes]]:
+        """(offset, bytes) that follow a section; `crc32` are those of all sections up to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +158,23 @@ def _cost(tasks: tuple[Task, ...]) -> Cost:
     replicas = sum(fragment.extent.nbytes for cover in covers.values() for fragment in cover.replicas)
     return Cost(
         tensors=len(covers),
-        objects_read=len({f.extent.object for cover in read for f in (*cover.fragments, *cover.replicas)}),
+        objects_read=len({f.extent.object for cover in read for f in (*cover.fragments, *cover.replicas)} - {ZEROS}),
         objects_written=len(tasks),
-        bytes_read=sum(section.nbytes * len(section.cover.sources) for section in sections),
+        bytes_read=sum(_read(section) * len(section.cover.sources) for section in sections),
         bytes_checked=low + replicas,
         bytes_written=sum(task.size for task in tasks),
         peak_bytes_per_worker=max((_peak(task) for task in tasks), default=0),
     )
 
 
+def _read(section: Section) -> int:
+    """Bytes of the section's elements as they are read."""
+    return section.region.length * itemsize(section.cover.spec.dtype)
+
+
 def _peak(task: Task) -> int:
     """Bytes a worker holds at most: the block, what it is compared with, its rounding, and one hull of 8 MiB."""
-    largest = max((section.nbytes for section in task.sections), default=0)
-    block = min(task.frame.block_bytes, largest)
+    largest = max((max(section.nbytes, _read(section)) for section in task.sections), default=0)
+    widest = max((-(-_read(section) // max(1, section.nbytes)) for section in task.sections), default=1)
+    block = min(task.frame.block_bytes * widest, largest)
     return 5 * block + min(HULL_BYTES, 4 * block)

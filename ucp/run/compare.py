@@ -13,6 +13,7 @@ from ucp.errors import FitError, NotFoundError
 from ucp.layout import FlatRange, itemsize
 from ucp.plan import BLOCK_BYTES, Cover, Key, Section
 from ucp.run.cast import Array
+from ucp.run.executor import default_workers
 from ucp.run.gather import read_region
 from ucp.run.numbers import values
 from ucp.run.trees import differences
@@ -48,7 +49,8 @@ def compare(
     def check(key: Key, advance: Callable[[int], None]) -> Verdict:
         return _data(a, b, key, advance)
 
-    for part in run_checks(keys, check, total=total, workers=workers, on_progress=on_progress):
+    threads = workers or default_workers(a[1], b[1])
+    for part in run_checks(keys, check, total=total, workers=threads, on_progress=on_progress):
         verdict.take(part)
     if training_state:
         differing = differences(dict(catalog.state), dict(other.state), stores=(a[1], b[1]))

@@ -7,24 +7,43 @@ which happens last, after every byte read was set against the source's own diges
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ucp.catalog import Catalog
 from ucp.converter import Target, converter
-from ucp.errors import InterruptedRunError
-from ucp.mapping import ProgramLike, read_source
+from ucp.errors import ConflictError, InterruptedRunError, StorageError, UsageError
+from ucp.layout import Mesh
+from ucp.mapping import AUTO, ProgramLike, read_source
+from ucp.metrics import TIMINGS
 from ucp.plan import Plan
-from ucp.run import journal as journals
-from ucp.run.destination import RECORD, State, Wanted, check_whole, clear, examine, lost, refuse_overlap
+from ucp.run.claim import Claim, claim, new_generation, resumed, withdraw
+from ucp.run.crc import crc
+from ucp.run.destination import (
+    RECORD,
+    Found,
+    Record,
+    State,
+    Wanted,
+    check_whole,
+    clear,
+    examine,
+    fingerprint_of,
+    lost,
+    record_path,
+    recorded,
+    refuse_overlap,
+    superseded,
+)
 from ucp.run.executor import default_workers, run_tasks
+from ucp.run.identity import identity
 from ucp.run.integrity import Ledger, Spans
 from ucp.run.journal import Done, Journal
+from ucp.run.laying_out import layout_of, losses_of, make_target
 from ucp.run.progress import Counter, Progress, Report
+from ucp.run.sharing import SHARED_BYTES, sharing
 from ucp.run.unchanged import check_unchanged
 from ucp.store import Store, open_store
 
@@ -36,7 +55,7 @@ class Conversion:
     """A conversion that is ready to run; nothing has been written.
 
     `state` is ``new``, ``partial`` (an earlier run was cut short and will be resumed) or ``done``. `wanted` is what
-    will be there in the end; with `restart` the remains of another conversion will be thrown away.
+    will be there in the end.
     """
 
     catalog: Catalog
@@ -47,12 +66,11 @@ class Conversion:
     destination: Store
     wanted: Wanted
     state: State
-    restart: bool = False
 
     @property
     def source_url(self) -> str:
         """Where the source lies."""
-        return self.source.url
+        return self.catalog.url
 
     @property
     def destination_url(self) -> str:
@@ -61,31 +79,61 @@ class Conversion:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks of the reader, then those of the target, such as what its form cannot hold."""
-        return (*self.catalog.notes, *self.target.notes)
+        """Remarks of the reader, then those of the target, such as what its form cannot hold, then accepted losses."""
+        losses = losses_of(self.to, self.catalog, self.target)
+        return (*self.catalog.notes, *self.target.notes, *(f"not exact: {loss}" for loss in losses))
+
+    def placed(self, generation: str) -> Conversion:
+        """The same conversion under the names of a generation."""
+        if not generation:
+            return self
+        target = self.wanted.placed(generation)
+        return replace(self, target=target, plan=Plan.of(target.tasks))
 
 
 def prepare(
-    source: str,
-    destination: str,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     *,
     to: str = "universal",
     family: str | None = None,
     check: bool = True,
     restart: bool = False,
+    overwrite: bool = False,
+    share: bool = False,
     program: ProgramLike | None = None,
     sizes: Mapping[str, int] | None = None,
     flags: Mapping[str, bool] | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
+    to_program: ProgramLike | None = None,
+    to_sizes: Mapping[str, int] | None = None,
+    to_flags: Mapping[str, bool] | None = None,
+    lossy: bool = False,
     read_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Conversion:
     """Read the source's metadata and plan its conversion to family `to`, without writing anything.
 
     A conversion `program` puts the source's tensors together and names them, as in `ucp.open`; `sizes` and `flags` are
-    the program's. `check` compares replicas and low-precision copies with the tensors; `restart` throws away what an
-    earlier, different run left unfinished. `read_options` go to the source's converter, `options` to the target's.
-    Raises what reading raises; UsageError if the destination is the source or holds something else.
+    the program's. The result is laid out for the ranks of `mesh` as `to_program` says, with `to_sizes` and `to_flags`;
+    where the family has programs of its own, it chooses. A family that writes by logical names, or a `to_program`,
+    reads the source through the program that the source itself tells, unless one is given.
+
+    `check` compares replicas and low-precision copies with the tensors; `restart` throws away what an earlier,
+    different run left unfinished; `overwrite` replaces a checkpoint of the same family that is there, which stays whole
+    until the new one is. With `share`, objects that other checkpoints beside the destination have with the same content
+    are not written again: they lie in ``shared``, the pool of the run. `read_options` go to the source's converter,
+    `options` to the target's.
+
+    Raises what reading raises; UsageError if the destination is the source or holds something else, or if the family
+    cannot be laid out; FitError, unless `lossy` is set, for what the result would not hold exactly.
     """
+    source, destination = os.fspath(source), os.fspath(destination)
+    layout = layout_of(mesh=mesh, program=to_program, sizes=to_sizes, flags=to_flags)
+    if program is None and (getattr(converter(to), "logical", False) or layout.program is not None):
+        program = AUTO
+    if share and not getattr(converter(to), "shares", False):
+        raise UsageError(f"{to} checkpoints share nothing", hint="--share is for --to universal")
     catalog, source_store = read_source(
         source, family=family, program=program, sizes=sizes, flags=flags, **(read_options or {})
     )
@@ -93,17 +141,29 @@ def prepare(
     refuse_overlap(source_store, destination_store)
     if not check:
         catalog = catalog.unchecked()
-    target = converter(to).target(catalog, source_store, **options)
+    if layout:
+        options["layout"] = layout
+    if share:
+        options.setdefault("shard_bytes", SHARED_BYTES)
+    target = make_target(to, catalog, source_store, lossy=lossy, **options)
     plan = Plan.of(target.tasks)
-    fingerprint = _fingerprint(catalog, plan, to, check=check, read_options=dict(read_options or {}), options=options)
-    wanted = Wanted(target.root, {task.object: task.size for task in plan.tasks}, fingerprint)
-    state = examine(destination_store, wanted, restart=restart)
-    return Conversion(catalog, target, plan, to, source_store, destination_store, wanted, state, restart)
+    fingerprint = identity(catalog, plan, to, check=check, read_options=dict(read_options or {}), options=options)
+    if share:
+        destination_store, target, fingerprint = sharing(destination_store, target, fingerprint)
+    if overwrite and not hasattr(target, "relocated"):
+        raise UsageError(f"a {to} checkpoint cannot replace another one", hint="choose another destination")
+    wanted = Wanted(target, fingerprint, overwrite, restart)
+    state = examine(destination_store, wanted).state
+    return Conversion(catalog, target, plan, to, source_store, destination_store, wanted, state)
+
+
+def _sizes(target: Target) -> dict[str, int]:
+    return {task.object: task.size for task in target.tasks}
 
 
 def convert(
-    source: str,
-    destination: str,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     *,
     workers: int | None = None,
     processes: bool = False,
@@ -119,6 +179,7 @@ def convert(
     return carry_out(conversion, workers=workers, processes=processes, on_progress=on_progress)
 
 
+@TIMINGS.measured("convert")
 def carry_out(
     conversion: Conversion,
     *,
@@ -131,33 +192,81 @@ def carry_out(
     ConflictError where replicas or witnesses contradict, CorruptError for damaged or changed sources, StorageError when
     storage fails, InterruptedRunError on Ctrl-C; the destination is then no checkpoint and the next run goes on.
     """
-    plan, destination = conversion.plan, conversion.destination
-    counter = Counter(sum(task.nbytes for task in plan.tasks), len(plan.tasks))
+    tasks, destination = conversion.plan.tasks, conversion.destination
+    counter = Counter(sum(task.nbytes for task in tasks), len(tasks))
     with destination.exclusive(), _interruptible(destination):
-        state = examine(destination, conversion.wanted, restart=conversion.restart)  # again: now nobody else writes
-        if state == "done":
-            journals.remove(destination)
-            return Report(0, 0, 0, len(plan.tasks), counter.seconds, len(plan.tasks), already_done=True)
-        if state == "new":
-            clear(destination)
-        journal = Journal(destination, conversion.wanted.fingerprint)
+        found = examine(destination, conversion.wanted)  # again: where the store locks, nobody else writes now
+        if found.state == "done":
+            return _already(conversion, found, counter)
+        held = _claimed(conversion, found)
+        if not held.generation and destination.exists(conversion.wanted.root):
+            return _too_late(conversion, counter)
+        conversion = conversion.placed(held.generation)
+        old = superseded(destination, held, _owned(conversion.target))
+        journal = Journal(destination, held)
         done = _resume(conversion, journal, counter)
         resumed = len(done)
-        for finished in _run_rest(
-            conversion, done, journal, counter, workers or default_workers(), processes, on_progress
-        ):
+        threads = workers or default_workers(conversion.source, conversion.destination)
+        for finished in _run_rest(conversion, done, journal, counter, threads, processes, on_progress):
             done[finished.object] = finished
         extra = _verify_source(conversion, done)
-        small = _commit(conversion, done)
-        journals.remove(destination)
+        small, ours = _commit(conversion, done, found.root, held.generation)
+        _remove(destination, old if ours else ())
     return _report(done, counter, resumed=resumed, checked=extra, written=small)
+
+
+def _claimed(conversion: Conversion, found: Found) -> Claim:
+    """The claim of this run on the destination, which is cleared first where nobody can be writing there any more."""
+    destination, fingerprint = conversion.destination, conversion.wanted.fingerprint
+    if found.state == "partial" and found.claim is not None:
+        return resumed(destination, found.claim)
+    if found.root is None and (destination.locks or not hasattr(conversion.target, "relocated")):
+        clear(destination)
+        return claim(destination, fingerprint)
+    return claim(destination, fingerprint, generation="" if found.empty else new_generation(), over=found.claim)
+
+
+def _owned(target: Target) -> Callable[[str], bool]:
+    owned: Callable[[str], bool] = getattr(target, "is_ours", lambda _: False)
+    return owned
+
+
+def _too_late(conversion: Conversion, counter: Counter) -> Report:
+    """Another writer has made a checkpoint, and given up its claim, between the look at the folder and the claim."""
+    withdraw(conversion.destination)
+    return _already(conversion, examine(conversion.destination, conversion.wanted), counter)
+
+
+def _already(conversion: Conversion, found: Found, counter: Counter) -> Report:
+    """There is nothing to do but to tidy up; ConflictError if there is."""
+    destination, objects = conversion.destination, len(conversion.plan.tasks)
+    if found.state != "done":
+        raise ConflictError(f"{destination.url}: another writer was first", hint="look at what is there now")
+    _finish(conversion, found)
+    return Report(0, 0, 0, objects, counter.seconds, objects, already_done=True)
+
+
+def _finish(conversion: Conversion, found: Found) -> None:
+    """Remove what a run of the same conversion left that ended between its commit and its end.
+
+    A claim of another generation is that of somebody who may still be at work.
+    """
+    claimed = (found.claim.fingerprint, found.claim.generation) if found.claim else None
+    if found.claim is not None and claimed == (conversion.wanted.fingerprint, found.generation):
+        _remove(conversion.destination, superseded(conversion.destination, found.claim, _owned(conversion.target)))
+
+
+def _remove(destination: Store, old: Iterable[str]) -> None:
+    for path in old:
+        destination.delete(path)
+    withdraw(destination)
 
 
 def _resume(conversion: Conversion, journal: Journal, counter: Counter) -> dict[str, Done]:
     """What an earlier run finished, where it is still there."""
     conversion.destination.tidy()
     journalled = journal.open()
-    gone = set(lost(conversion.destination, conversion.wanted.sizes)) if journalled else set()
+    gone = set(lost(conversion.destination, _sizes(conversion.target))) if journalled else set()
     tasks = [task for task in conversion.plan.tasks if task.object in journalled and task.object not in gone]
     for task in tasks:
         counter.skip(task.nbytes)
@@ -224,38 +333,66 @@ def _verify_source(conversion: Conversion, done: Mapping[str, Done]) -> int:
     return extra
 
 
-def _commit(conversion: Conversion, done: Mapping[str, Done]) -> int:
-    """Put the small objects, the root last; returns their bytes."""
-    destination, root = conversion.destination, conversion.target.root
-    digests = {name: finished.digests for name, finished in done.items()}
+def _commit(conversion: Conversion, done: Mapping[str, Done], before: str | None, generation: str) -> tuple[int, bool]:
+    """Put the small objects, and the root last, in place of the root `before` if there is one.
+
+    Returns their bytes, and whether the checkpoint is of this generation now: the same one may be there as another.
+    """
+    ours = False
+    destination, target = conversion.destination, conversion.target
     sizes: dict[str, int] = {}
-    for path, data in itertools.chain([(RECORD, _record(conversion))], conversion.target.finish(digests)):
-        assert root not in sizes, f"{conversion.to} put {path} after its root"
-        if path == root:
-            destination.flush(list(sizes))
-            check_whole(destination, {**conversion.wanted.sizes, **sizes})
-        destination.put(path, data, durable=path == root)
+    for path, data in target.finish({name: finished.digests for name, finished in done.items()}):
+        assert target.root not in sizes, f"{conversion.to} put {path} after its root"
         sizes[path] = len(data)
-    assert root in sizes, f"{conversion.to} did not put its root"
-    return sum(sizes.values())
+        if path != target.root:
+            destination.put(path, data, durable=False)
+            continue
+        note = _record(conversion, generation, data)
+        destination.put(record_path(generation), note, durable=False)
+        destination.flush([*(small for small in sizes if small != path), record_path(generation)])
+        small = {name: size for name, size in sizes.items() if name != path}
+        _check_whole(conversion, {**_sizes(target), **small, record_path(generation): len(note)}, before)
+        ours = _put_root(conversion, data, before, generation) == generation
+    assert target.root in sizes, f"{conversion.to} did not put its root"
+    return sum(sizes.values()) + len(note), ours
 
 
-def _record(conversion: Conversion) -> bytes:
-    about = {"fingerprint": conversion.wanted.fingerprint, "source": conversion.source.url, "to": conversion.to}
-    return json.dumps(about, indent=1).encode()
+def _check_whole(conversion: Conversion, sizes: Mapping[str, int], before: str | None) -> None:
+    """The last look before the root is put. ConflictError if objects are gone since another writer was first."""
+    try:
+        check_whole(conversion.destination, sizes)
+    except StorageError:
+        if fingerprint_of(conversion.destination, conversion.target.root) == before:
+            raise
+        raise _another_was_first(conversion.destination) from None
 
 
-def _fingerprint(catalog: Catalog, plan: Plan, to: str, **options: Any) -> str:
-    """Changes whenever the same conversion would read or write something else."""
-    parts = {
-        "to": to,
-        "options": {name: repr(value) for name, value in options.items()},
-        "objects": sorted((path, *info) for path, info in catalog.objects.items()),
-        "tasks": sorted((task.object, task.size, task.nbytes) for task in plan.tasks),
-        "checked": sorted(catalog.witnesses),
-        "program": repr(catalog.program),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _another_was_first(destination: Store) -> ConflictError:
+    return ConflictError(
+        f"{destination.url}: another writer has made or removed a checkpoint here meanwhile",
+        hint="what is there is whole; choose another destination",
+    )
+
+
+def _put_root(conversion: Conversion, data: bytes, before: str | None, generation: str) -> str:
+    """The commit; gives the generation that is the checkpoint now.
+
+    ConflictError if another writer has made a checkpoint here meanwhile that is not the same.
+    """
+    destination, root = conversion.destination, conversion.target.root
+    try:
+        destination.put(root, data, if_absent=before is None, if_match=before)
+    except ConflictError:
+        found = recorded(destination, root) if destination.exists(root) else None
+        if found is None or found.fingerprint != conversion.wanted.fingerprint:
+            raise _another_was_first(destination) from None
+        return found.generation
+    return generation
+
+
+def _record(conversion: Conversion, generation: str, root: bytes) -> bytes:
+    digest = crc("crc32c", root)
+    return Record(conversion.wanted.fingerprint, conversion.source.url, conversion.to, generation, digest).encoded()
 
 
 @contextlib.contextmanager

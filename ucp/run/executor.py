@@ -24,14 +24,15 @@ from ucp.run.journal import Done
 from ucp.run.progress import Counter
 from ucp.run.worker import Advance, write_object
 from ucp.store import Store
+from ucp.store.traffic import TRAFFIC, Traffic
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.1
 
 
-def default_workers() -> int:
-    """Cores that this process may use, at most 16: more does not help a disk."""
-    return min(16, len(os.sched_getaffinity(0)))
+def default_workers(*stores: Store) -> int:
+    """Cores that this process may use, at most 16: more does not help a disk; as many as pay for one of `stores`."""
+    return max(min(16, len(os.sched_getaffinity(0))), *(store.parallel for store in stores), 1)
 
 
 def run_tasks(
@@ -110,7 +111,8 @@ def _in_processes(tasks: Sequence[Task], job: _Job, counter: Counter, workers: i
         futures = {pool.submit(_in_process, task): task.nbytes for task in tasks}
         for future in as_finished(futures):
             if future is not None:
-                done = future.result()
+                done, traffic = future.result()
+                TRAFFIC.add(traffic)
                 counter.advance(futures[future])
                 yield done
             yield None
@@ -154,6 +156,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _in_process(task: Task) -> Done:
+def _in_process(task: Task) -> tuple[Done, Traffic]:
     job, spans, advance = _process
-    return job.run(spans, task, advance)
+    return job.run(spans, task, advance), TRAFFIC.drain()

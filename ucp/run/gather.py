@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ucp.layout import Box, FlatRange, Region, Shape
 from ucp.layout.block import View
-from ucp.plan import HULL_BYTES, Copy, Cover, Extent, Fragment
+from ucp.plan import HULL_BYTES, ZEROS, Copy, Cover, Extent, Fragment
 from ucp.run.cast import Array, cast, storage_dtype
 from ucp.run.reduce import PIECE_ELEMENTS, reduced
 from ucp.store import Store
@@ -18,18 +18,31 @@ from ucp.store import Store
 Record = Callable[[str, int, memoryview], None]
 """Called with (object, offset, bytes) for every range that was read."""
 
+Direct = dict[str, list[tuple[int, memoryview]]]
+"""Ranges to be read straight into place, by object."""
+
 _DENSE = 4
 _SLACK = 64 << 10
+_PAGE = 4 << 10
+_SHORT = 64 << 10
+"""Longest run that is read together with others: the call would cost more than the bytes."""
 
 
 def gather(store: Store, copies: Sequence[Copy], buffer: memoryview, record: Record | None = None) -> None:
     """Carry out `copies` from objects of `store` into `buffer`, whose byte 0 is offset 0 of every target extent.
 
-    Contiguous blocks are read straight into place. Strided ones are read as the hull of their bytes where at least a
-    quarter of it is wanted, at most 8 MiB at a time, else in smaller parts. Casts where dtypes differ.
+    Contiguous blocks are read straight into place, those of one object together, so that a store may fetch neighbours
+    with one request. Strided ones are read as the hull of their bytes where at least a quarter of it is wanted or a
+    part of every page, at most 8 MiB at a time, else run by run. Casts where dtypes differ.
     """
+    direct: Direct = {}
     for copy in copies:
-        _copy(store, copy, buffer, record)
+        _copy(store, copy, buffer, record, direct)
+    for name, ranges in direct.items():
+        store.read_ranges(name, ranges)
+        if record is not None:
+            for offset, view in ranges:
+                record(name, offset, view)
 
 
 def read_into(
@@ -77,26 +90,47 @@ def read_region(store: Store, cover: Cover, region: Region, record: Record | Non
     return buffer
 
 
-def _copy(store: Store, copy: Copy, buffer: memoryview, record: Record | None) -> None:
+def _copy(store: Store, copy: Copy, buffer: memoryview, record: Record | None, direct: Direct) -> None:
+    """Carry out `copy`, or add to `direct` what is to be read for it."""
     source, target = copy.source, copy.target
     if source.size == 0:
         return
+    if source.object == ZEROS:
+        _strided(buffer, target.offset, target)[...] = 0
+        return
     if source.dtype == target.dtype and source.is_contiguous and target.is_contiguous:
-        _read(store, source, buffer[target.offset : target.offset + target.nbytes], record)
+        view = buffer[target.offset : target.offset + target.nbytes]
+        direct.setdefault(source.object, []).append((source.offset, view))
         return
+    outer, run = _innermost(source)
+    dense = _is_dense(source, run)
     start, stop = source.span
-    hull = stop - start
-    if hull <= HULL_BYTES and hull <= _DENSE * source.nbytes + _SLACK:
+    if dense and stop - start <= HULL_BYTES:
         _through_hull(store, copy, buffer, record)
-        return
-    for part in _halves(copy, hull):
-        _copy(store, part, buffer, record)
+    elif not dense and run <= _SHORT and source.nbytes <= HULL_BYTES:
+        _through_runs(store, copy, _starts(source, outer), buffer, record)
+    else:
+        for part in _parts(copy, 2 if dense else source.size):
+            _copy(store, part, buffer, record, direct)
 
 
-def _read(store: Store, source: Extent, view: memoryview, record: Record | None) -> None:
-    store.read_into(source.object, source.offset, view)
-    if record is not None:
-        record(source.object, source.offset, view)
+def _innermost(source: Extent) -> tuple[int, int]:
+    """How many outer dims `source` has around its longest runs of bytes, and the bytes of such a run."""
+    outer, run = len(source.shape), 1
+    while outer and (source.shape[outer - 1] == 1 or source.strides[outer - 1] == run):
+        outer -= 1
+        run *= source.shape[outer]
+    return outer, run * source.itemsize
+
+
+def _is_dense(source: Extent, run: int) -> bool:
+    """Whether the bytes between the elements cost less than to leave them out.
+
+    So it is where a quarter of the bytes is wanted, or a part of every page: storage gives whole pages.
+    """
+    start, stop = source.span
+    pages = source.nbytes // run * max(_PAGE, run)
+    return stop - start <= max(_DENSE * source.nbytes, pages) + _SLACK
 
 
 def _through_hull(store: Store, copy: Copy, buffer: memoryview, record: Record | None) -> None:
@@ -109,6 +143,28 @@ def _through_hull(store: Store, copy: Copy, buffer: memoryview, record: Record |
     _strided(buffer, copy.target.offset, copy.target)[...] = cast(values, copy.source.dtype, copy.target.dtype)
 
 
+def _through_runs(store: Store, copy: Copy, starts: Sequence[int], buffer: memoryview, record: Record | None) -> None:
+    """Read the many short runs that begin at `starts` with one call of the store."""
+    source = copy.source
+    run = source.nbytes // len(starts)
+    scratch = memoryview(bytearray(source.nbytes))
+    store.read_runs(source.object, starts, run, scratch)
+    if record is not None:
+        for number, start in enumerate(starts):
+            record(source.object, start, scratch[number * run : (number + 1) * run])
+    values = np.frombuffer(scratch, storage_dtype(source.dtype)).reshape(source.shape)
+    _strided(buffer, copy.target.offset, copy.target)[...] = cast(values, source.dtype, copy.target.dtype)
+
+
+def _starts(source: Extent, outer: int) -> list[int]:
+    """The first byte of each run, in row-major order of the `outer` dims."""
+    offsets = np.array([source.offset])
+    for n, stride in zip(source.shape[:outer], source.strides[:outer], strict=True):
+        offsets = (offsets[:, None] + np.arange(n) * (stride * source.itemsize)).reshape(-1)
+    found: list[int] = offsets.tolist()
+    return found
+
+
 def _strided(buffer: memoryview, offset: int, extent: Extent) -> Array:
     """View of `extent`'s elements in `buffer`, its first one at byte `offset`."""
     dtype = storage_dtype(extent.dtype)
@@ -118,13 +174,12 @@ def _strided(buffer: memoryview, offset: int, extent: Extent) -> Array:
     return as_strided(flat[:usable].view(dtype), extent.shape, strides)
 
 
-def _halves(copy: Copy, hull: int) -> list[Copy]:
-    """The copy cut in two, or in single indices where it is sparse, along the dim whose source stride is largest."""
+def _parts(copy: Copy, count: int) -> list[Copy]:
+    """The copy cut in at most `count` parts along the dim whose source stride is largest."""
     source = copy.source
     dim = max(range(len(source.shape)), key=lambda d: source.strides[d] if source.shape[d] > 1 else -1)
     size = source.shape[dim]
-    sparse = hull > _DENSE * source.nbytes + _SLACK
-    step = 1 if sparse else (size + 1) // 2
+    step = -(-size // count)
     parts = []
     for start in range(0, size, step):
         box = Box(

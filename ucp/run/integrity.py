@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ucp.catalog import Checksum
@@ -57,10 +57,14 @@ class Spans:
 
 
 class Ledger:
-    """Collects pieces for indexed checksums, and counts `bytes_read`; safe to use from several threads."""
+    """Collects pieces for indexed checksums, and counts `bytes_read`; safe to use from several threads.
 
-    def __init__(self, spans: Spans) -> None:
+    Pieces of fewer than one part in `finest` of their span are not noted, if that is given.
+    """
+
+    def __init__(self, spans: Spans, *, finest: int = 0) -> None:
         self.spans = spans
+        self.finest = finest
         self.bytes_read = 0
         self._pieces: list[Piece] = []
         self._lock = threading.Lock()
@@ -77,6 +81,8 @@ class Ledger:
         for number in self.spans.touched(object, offset, stop):
             checksum = self.spans.checksums[number]
             a, b = max(offset, checksum.offset), min(stop, checksum.offset + checksum.length)
+            if (b - a) * self.finest < checksum.length and self.finest:
+                continue
             yield Piece(number, a, b - a, crc(checksum.algorithm, data[a - offset : b - offset]))
 
     def pieces(self) -> list[Piece]:
@@ -103,10 +109,11 @@ class Ledger:
                 joined[-1] = Piece(last.span, last.offset, last.length + piece.length, value)
         return joined
 
-    def verify(self, store: Store, *, whole_only: bool = False) -> int:
+    def verify(self, store: Store, *, gap: int | None = None, held: Container[int] = ()) -> int:
         """Compare every span that was touched with its checksum; gaps are read now. Returns the bytes read for that.
 
-        With `whole_only`, spans that were read in part are left alone. CorruptError names the object and the bytes.
+        With `gap`, spans of which more than so many bytes are missing, and more than one in 64, are left alone; so are
+        those of which anything is missing that `held` before. CorruptError names the object and the bytes.
         """
         extra = 0
         by_span: dict[int, list[Piece]] = defaultdict(list)
@@ -115,7 +122,7 @@ class Ledger:
         for span, pieces in sorted(by_span.items()):
             checksum = self.spans.checksums[span]
             missing = checksum.length - sum(piece.length for piece in pieces)
-            if missing and whole_only:
+            if missing and (span in held or (gap is not None and missing > max(gap, checksum.length // 64))):
                 continue
             extra += missing
             if self._value(store, checksum, pieces) != checksum.value:

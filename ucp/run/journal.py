@@ -9,20 +9,15 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
+from ucp.errors import NotFoundError, StorageError
 from ucp.plan import Digests
+from ucp.run.claim import FOLDER, Claim
 from ucp.run.crc import crc
 from ucp.run.integrity import Piece
 from ucp.store import Store
-
-FOLDER = ".ucp-journal/"
-VERSION = 1
-"""Of the journal's own form; a journal of another version is not resumed."""
-
-_HEAD = FOLDER + "plan.json"
-_PART = re.compile(re.escape(FOLDER) + r"(\d{6,})\.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,51 +53,40 @@ class Done:
         digest, _, text = line.partition(" ")
         if digest != f"{crc('crc32c', text.encode()):08x}":
             return None
-        name, crc32c, crc32, pieces = json.loads(text)
-        return cls(name, Digests(tuple(crc32c), tuple(crc32)), tuple(Piece(*p) for p in pieces))
+        try:
+            name, *sums, pieces = json.loads(text)
+            crc32c, crc32 = (tuple(map(_natural, values)) for values in sums)
+            noted = tuple(Piece(*map(_natural, piece)) for piece in pieces)
+        except (ValueError, TypeError, RecursionError):
+            return None
+        return cls(name, Digests(crc32c, crc32), noted) if isinstance(name, str) else None
 
 
 class Journal:
-    """The journal of one destination for the plan with the given `fingerprint`."""
+    """The notes of one `claim` on `store`. Notes of another generation are not looked at."""
 
-    def __init__(self, store: Store, fingerprint: str) -> None:
+    def __init__(self, store: Store, claim: Claim) -> None:
         self.store = store
-        self.fingerprint = fingerprint
+        self._prefix = FOLDER + (f"{claim.generation}-" if claim.generation else "")
         self._pending: list[Done] = []
         self._lock = threading.Lock()
         self._part = 0
 
-    @staticmethod
-    def plan_of(store: Store) -> str | None:
-        """Fingerprint of the plan whose journal lies in `store`, or None if there is no journal.
-
-        Empty for a journal that is damaged or of another version.
-        """
-        if not store.exists(_HEAD):
-            return None
-        try:
-            head = json.loads(store.read(_HEAD))
-        except (ValueError, RecursionError):
-            return ""
-        known = isinstance(head, dict) and head.get("version") == VERSION
-        return str(head.get("fingerprint", "")) if known else ""
-
     def open(self) -> dict[str, Done]:
-        """Start the journal, or read what an earlier run of the same plan finished, by object.
+        """What an earlier run of the same plan finished, by object.
 
         Damaged lines are passed over: what they listed is done again.
         """
-        if self.plan_of(self.store) != self.fingerprint:
-            self.store.put(_HEAD, json.dumps({"version": VERSION, "fingerprint": self.fingerprint}).encode())
-            return {}
         done: dict[str, Done] = {}
-        for entry in self.store.entries(FOLDER):
-            number = _PART.fullmatch(entry.path)
+        part = re.compile(re.escape(self._prefix) + r"(\d{6,})\.jsonl")
+        for entry in list(self.store.entries(self._prefix)):
+            number = part.fullmatch(entry.path)
             if number is None:
                 continue
             self._part = max(self._part, int(number[1]) + 1)
-            lines = self.store.read(entry.path).decode(errors="replace").splitlines()
-            done |= {found.object: found for found in map(Done.parse, lines) if found is not None}
+            with suppress(NotFoundError):  # another run of this plan has just ended
+                lines = self.store.read(entry.path).decode(errors="replace").splitlines()
+                done |= {found.object: found for found in map(Done.parse, lines) if found is not None}
         return done
 
     def add(self, done: Done) -> None:
@@ -115,18 +99,22 @@ class Journal:
         with self._lock:
             pending, self._pending = self._pending, []
         if pending:
-            self.store.flush([done.object for done in pending])
+            self._flush([done.object for done in pending])
             lines = [done.line() for done in pending]
-            self.store.put(f"{FOLDER}{self._part:06d}.jsonl", "\n".join(lines).encode())
+            self.store.put(f"{self._prefix}{self._part:06d}.jsonl", "\n".join(lines).encode())
             self._part += 1
 
-    def remove(self) -> None:
-        """Delete the journal, its head last."""
-        remove(self.store)
+    def _flush(self, paths: list[str]) -> None:
+        try:
+            self.store.flush(paths)
+        except NotFoundError as error:
+            raise StorageError(
+                f"{self.store.url}: what was written here is gone: {error.message}",
+                hint="somebody else changes the destination; run the same command again: it resumes",
+            ) from error
 
 
-def remove(store: Store) -> None:
-    """Delete the journal of `store`, its head last, so that what is left of it is never taken for another's."""
-    parts: Iterable[str] = [entry.path for entry in store.entries(FOLDER)]
-    for path in sorted(parts, key=lambda path: path == _HEAD):
-        store.delete(path)
+def _natural(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no natural number")
+    return value

@@ -14,6 +14,7 @@ from functools import partial
 
 from ucp.catalog import Catalog
 from ucp.errors import ConflictError, ContentError, FitError, NotFoundError, UcpError
+from ucp.format.pool import name_in, stored_name
 from ucp.layout import FlatRange, itemsize
 from ucp.plan import BLOCK_BYTES, Cover, Key, Section, Witness
 from ucp.run.cast import Array
@@ -89,9 +90,11 @@ def verify(
     def check(key: Key, advance: Callable[[int], None]) -> Verdict:
         return _check_state(catalog, key, _Reading(store, ledger, advance))
 
-    for part in run_checks(keys, check, total=catalog.nbytes, workers=workers, on_progress=on_progress):
+    threads = workers or default_workers(store)
+    for part in run_checks(keys, check, total=catalog.nbytes, workers=threads, on_progress=on_progress):
         verdict.take(part)
     verdict.take(_checksums(spans, store, ledger))
+    verdict.take(_shared(catalog, store))
     return verdict
 
 
@@ -100,7 +103,7 @@ def run_checks(
     check: Callable[[Key, Callable[[int], None]], Verdict],
     *,
     total: int,
-    workers: int | None,
+    workers: int,
     on_progress: OnProgress | None,
 ) -> Iterator[Verdict]:
     """Run `check` for each key in threads; verdicts in order of `keys`. The first exception ends all and is raised."""
@@ -112,7 +115,7 @@ def run_checks(
         counter.finish_object()
         return verdict
 
-    pool = ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="ucp")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ucp")
     try:
         futures = [pool.submit(run, key) for key in keys]
         for finished in as_finished(futures):
@@ -267,6 +270,23 @@ def _checksums(spans: Spans, store: Store, ledger: Ledger) -> Verdict:
             verdict.bytes_read += single.verify(store)
         except (ContentError, NotFoundError) as error:
             verdict.findings.append(Finding("checksum", checksum.object, _bare(error, store)))
+    return verdict
+
+
+def _shared(catalog: Catalog, store: Store) -> Verdict:
+    """Whether the content of each object that is shared with other checkpoints is the one that it is named by."""
+    verdict = Verdict()
+    for path, (size, _) in catalog.objects.items():
+        name = name_in(path)
+        if name is None:
+            continue
+        try:
+            found = stored_name(store, path, size)
+        except (ContentError, NotFoundError):
+            continue  # `_objects` and `_checksums` listed it
+        verdict.bytes_read += size
+        if found != name:
+            verdict.findings.append(Finding("shared", path, f"its content has the BLAKE3 {found}"))
     return verdict
 
 

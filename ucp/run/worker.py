@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ucp.errors import ConflictError, UcpError
-from ucp.layout import FlatRange
-from ucp.plan import Cover, Digests, Extent, Fragment, Section, Task, Witness
-from ucp.run.cast import contradicts, storage_dtype
+from ucp.layout import FlatRange, itemsize
+from ucp.plan import Chain, Cover, Digests, Extent, Fragment, Section, Task, Witness
+from ucp.run.cast import cast, contradicts, storage_dtype
 from ucp.run.crc import crc
 from ucp.run.gather import gather, read_into, read_region
 from ucp.run.integrity import Ledger
@@ -32,10 +33,10 @@ def write_object(
     """
     with destination.create(task.object, task.size) as writer:
         writing = _Writing(source, writer, task, ledger, advance)
-        literals = list(task.frame.literals())
+        literals = deque(task.frame.literals())
         for section in task.sections:
             while literals and literals[0][0] <= section.offset:
-                writing.put(*literals.pop(0))
+                writing.put(*literals.popleft())
             writing.section(section)
         for literal in literals:
             writing.put(*literal)
@@ -68,12 +69,13 @@ class _Writing:
     def section(self, section: Section) -> None:
         """Write one section; notes the crc32c of its blocks and, if the frame has use for it, its crc32."""
         offset, whole, frame = section.offset, 0, self.task.frame
-        width = section.nbytes // section.region.length if section.region.length else 1
-        scratch = bytearray(min(section.nbytes, max(frame.block_bytes, width)))
+        width = itemsize(section.cover.spec.dtype)
+        scratch = bytearray(next((region.length for region in section.blocks(frame.block_bytes)), 0) * width)
         for region in section.blocks(frame.block_bytes):
             view = memoryview(scratch)[: region.length * width]
             read_into(self.source, section.cover, section.target(region), view, self.ledger.record)
             self.check(section, region, view)
+            view = _as_written(section, view)
             self.crc32c.append(crc("crc32c", view))
             if frame.needs_crc32:
                 whole = crc("crc32", view, whole)
@@ -81,6 +83,8 @@ class _Writing:
             offset += len(view)
             self.advance(len(view))
         self.crc32.append(whole)
+        for literal in frame.after(self.crc32) if isinstance(frame, Chain) else ():
+            self.put(*literal)
 
     def check(self, section: Section, region: FlatRange, data: memoryview) -> None:
         """Compare a block with its replicas and its low-precision copy."""
@@ -89,6 +93,14 @@ class _Writing:
         if section.witness is not None:
             check_witness(self.source, section, section.witness, region, data, self.ledger)
         self.checked += self.ledger.bytes_read - before
+
+
+def _as_written(section: Section, data: memoryview) -> memoryview:
+    """`data`, in the cover's dtype, in the dtype that the section is written in."""
+    own, written = section.cover.spec.dtype, section.written_dtype
+    if own == written:
+        return data
+    return cast(np.frombuffer(data, storage_dtype(own)), own, written).view(np.uint8).data
 
 
 def check_replicas(source: Store, section: Section, region: FlatRange, data: memoryview, ledger: Ledger) -> None:

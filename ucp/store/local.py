@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
-import re
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Self
 
-from ucp.errors import ConflictError, CorruptError, UsageError
+from ucp.errors import ConflictError, CorruptError, NotFoundError, UsageError
 from ucp.store.base import Buffer, Entry, Store, Writer, inside
-from ucp.store.errors import translated
+from ucp.store.errors import replaced_meanwhile, translated
+from ucp.store.local_write import TEMPORARY, UNSUPPORTED, BesideWriter, FileWriter, put_file, sync, sync_file_system
+from ucp.store.traffic import TRAFFIC
 
 _OPEN_FILES = 64
-_PIECE_BYTES = 128 << 10
-"""Most bytes per write call. Larger calls make the page cache look for huge folios; where memory is ballooned or
-fragmented, 4 MiB calls were measured three to ten times slower than these (bench/limits.py)."""
+_MOST_THREADS = 16
+"""More do not help a disk."""
 _FEW_FILES = 8
 """From more files on, one sync of the file system is cheaper than one per file (a journal commit each on ext4)."""
-
-_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
-"""How file systems say that they lack an operation."""
-
-_TEMPORARY = re.compile(r"\.\d+-\d+\.tmp$")
-"""How `_put` names what it writes beside its object."""
 
 
 class LocalStore(Store):
     """A folder on a local or mounted file system. Keeps a few files open for reading."""
 
+    locks = True
+
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
         self.url = self.root
+        self.parallel = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         self._files: OrderedDict[str, _Handle] = OrderedDict()
         self._lock = threading.Lock()
         self._held = -1
@@ -46,34 +43,37 @@ class LocalStore(Store):
 
     def entry(self, path: str) -> Entry:
         full = self._full(path)
-        with translated(full):
+        with translated(full, "head"):
             info = os.stat(full)
             if not os.path.isfile(full):
                 raise FileNotFoundError(full)
+        TRAFFIC.request("file", "head")
         return _entry(path, info)
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
         top = self._full(prefix.rpartition("/")[0])
         found: list[Entry] = []
-        with translated(top):
+        with translated(top, "list"):
             for folder, names in _folders(top):
                 for name in names:
                     full = os.path.join(folder, name)
                     path = os.path.relpath(full, self.root).replace(os.sep, "/")
                     if path.startswith(prefix) and os.path.isfile(full):
                         found.append(_entry(path, os.stat(full)))
+        TRAFFIC.request("file", "list")
         yield from sorted(found, key=lambda entry: entry.path)
 
     def children(self, path: str = "") -> list[str]:
         full = self._full(path)
         if not os.path.isdir(full):
             return []
-        with translated(full), os.scandir(full) as entries:
+        TRAFFIC.request("file", "list")
+        with translated(full, "list"), os.scandir(full) as entries:
             return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in entries)
 
     def read_into(self, path: str, offset: int, buffer: bytearray | memoryview) -> None:
         full = self._full(path)
-        with translated(full), self._open(full) as handle:
+        with translated(full, "get"), self._open(full) as handle:
             view = memoryview(buffer).cast("B")
             done = 0
             while done < len(view):
@@ -84,25 +84,67 @@ class LocalStore(Store):
                         f"{full}: ends at byte {end}, {len(view) - done} bytes early", hint="the file is truncated"
                     )
                 done += count
+            TRAFFIC.request("file", "get", done)
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        if length is not None:
+            return super().read(path, offset, length)
+        full = self._full(path)
+        with translated(full, "get"), open(full, "rb", opener=open_file) as file:
+            # One file, whatever takes its name meanwhile.
+            file.seek(offset)
+            data = file.read()
+        TRAFFIC.request("file", "get", len(data))
+        return data
+
+    def read_runs(self, path: str, offsets: Sequence[int], length: int, buffer: memoryview) -> None:
+        full = self._full(path)
+        with translated(full, "get"), self._open(full) as handle:
+            preadv, fd, at = os.preadv, handle.fd, 0
+            for offset in offsets:
+                if preadv(fd, [buffer[at : at + length]], offset) != length:
+                    self.read_into(path, offset, buffer[at : at + length])
+                at += length
+        TRAFFIC.request("file", "get", at)
 
     def create(self, path: str, size: int) -> Writer:
         full = self._forget(path)
         with translated(full):
             os.makedirs(os.path.dirname(full), exist_ok=True)
-            return _LocalWriter(full, size)
+            return FileWriter(full, size)
 
-    def put(self, path: str, data: Buffer, *, if_absent: bool = False, durable: bool = True) -> None:
+    def replace(self, path: str, size: int) -> Writer:
         full = self._forget(path)
         with translated(full):
             os.makedirs(os.path.dirname(full), exist_ok=True)
-            _put(full, data, if_absent=if_absent, durable=durable)
+            return BesideWriter(full, size, lambda: self._forget(path))
+
+    def put(
+        self, path: str, data: Buffer, *, if_absent: bool = False, if_match: str | None = None, durable: bool = True
+    ) -> None:
+        full = self._forget(path)
+        if if_match is not None:
+            self._check_same(path, if_match)
+        with translated(full, "put"):
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            put_file(full, data, if_absent=if_absent, durable=durable)
+            TRAFFIC.request("file", "put", 0, len(memoryview(data).cast("B")))
+
+    def _check_same(self, path: str, fingerprint: str) -> None:
+        try:
+            same = self.entry(path).fingerprint == fingerprint
+        except NotFoundError:
+            same = False
+        if not same:
+            raise replaced_meanwhile(self._full(path))
 
     def flush(self, paths: Sequence[str]) -> None:
-        with translated(self.root):
-            if len(paths) > _FEW_FILES and self._held >= 0 and _sync_file_system(self._held):
+        TRAFFIC.request("file", "flush")
+        with translated(self.root, "flush"):
+            if len(paths) > _FEW_FILES and self._held >= 0 and sync_file_system(self._held):
                 return
             for full in sorted({name for path in paths for name in self._and_folders(path)}):
-                _sync(full)
+                sync(full)
 
     def _and_folders(self, path: str) -> Iterator[str]:
         """The file at `path` and the folders that lead to it from the root."""
@@ -113,10 +155,11 @@ class LocalStore(Store):
 
     def delete(self, path: str) -> None:
         full = self._forget(path)
-        with translated(full):
+        with translated(full, "delete"):
             if os.path.lexists(full):
                 os.unlink(full)
             self._prune(os.path.dirname(full))
+        TRAFFIC.request("file", "delete")
 
     def _prune(self, folder: str) -> None:
         """Remove `folder`, and those around it inside the root, that are empty: an object store has no folders."""
@@ -127,17 +170,22 @@ class LocalStore(Store):
 
     def tidy(self) -> None:
         for entry in list(self.entries()):
-            if _TEMPORARY.search(entry.path):
+            if TEMPORARY.search(entry.path):
                 self.delete(entry.path)
+        for folder, _, _ in os.walk(self.root, topdown=False):
+            self._prune(folder)
 
     def overlaps(self, other: Store) -> bool:
         if not isinstance(other, LocalStore):
             return False
         a, b = (os.path.realpath(store.root) for store in (self, other))
-        return inside(a, b) or inside(b, a)
+        return _within(a, b) or _within(b, a)
 
     def child(self, path: str) -> LocalStore:
         return LocalStore(self._full(path))
+
+    def sibling(self, name: str) -> LocalStore:
+        return LocalStore(os.path.dirname(self.root)).child(name)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -176,7 +224,7 @@ class LocalStore(Store):
     def _open(self, full: str) -> _Handle:
         with self._lock:
             handle = self._files.get(full)
-            if handle is None:
+            if handle is None or not handle.is_of(full):
                 handle = self._files[full] = _Handle(full)
             self._files.move_to_end(full)
             while len(self._files) > _OPEN_FILES:
@@ -184,12 +232,28 @@ class LocalStore(Store):
             return handle
 
 
+def open_file(full: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of the file at `full`; CorruptError for what is no file: a pipe would have to be waited for."""
+    fd = os.open(full, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        if os.path.isdir(full):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), full)
+        raise CorruptError(f"{full}: no file", hint="a pipe, a socket or a device lies where a file should")
+    return fd
+
+
 class _Handle:
     """A file open for reading, closed when the last user lets go of it."""
 
     def __init__(self, full: str) -> None:
         self.fd = -1
-        self.fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_file(full)
+        self.identity = _identity(os.fstat(self.fd))
+
+    def is_of(self, full: str) -> bool:
+        """Whether the file is still the one at `full`, which another process may have replaced."""
+        return _identity(os.stat(full)) == self.identity
 
     def __enter__(self) -> Self:
         return self
@@ -202,34 +266,28 @@ class _Handle:
             os.close(self.fd)
 
 
-class _LocalWriter(Writer):
-    """Writes in place: what makes a checkpoint complete is its root object, which is put last."""
+def _identity(info: os.stat_result) -> tuple[int, int]:
+    return info.st_dev, info.st_ino
 
-    def __init__(self, full: str, size: int) -> None:
-        self.full = full
-        self.fd = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            _reserve(self.fd, size)
-        except OSError:
-            self.abort()
-            raise
 
-    def write_at(self, offset: int, data: Buffer) -> None:
-        view = memoryview(data).cast("B")
-        with translated(self.full):
-            done = 0
-            while done < len(view):
-                done += os.pwrite(self.fd, view[done : done + _PIECE_BYTES], offset + done)
+def _within(folder: str, other: str) -> bool:
+    """Whether `folder` is `other` or lies in it, by name or by what the system says of the folders that lead to it.
 
-    def close(self) -> None:
-        with translated(self.full):
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+    Names do not tell where a file system ignores case, or shows one folder in two places.
+    """
+    if inside(folder, other):
+        return True
+    parents = [folder]
+    while (parent := os.path.dirname(parents[-1])) != parents[-1]:
+        parents.append(parent)
+    return any(_same(parent, other) for parent in parents)
 
-    def abort(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+
+def _same(a: str, b: str) -> bool:
+    try:
+        return os.path.samestat(os.stat(a), os.stat(b))
+    except OSError:
+        return False
 
 
 def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
@@ -251,74 +309,10 @@ def _lock(fd: int, root: str) -> None:
     except BlockingIOError:
         raise ConflictError(f"{root}: another process is writing it", hint="wait for it to end") from None
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Take the room of a file at once, where its file system can, so that a full disk shows before the work."""
-    try:
-        if size:
-            os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in UNSUPPORTED:
             raise
 
 
 def _entry(path: str, info: os.stat_result) -> Entry:
     """The time of the last change (ctime) is in the fingerprint because, unlike mtime, nobody can set it back."""
     return Entry(path, info.st_size, f"{info.st_size}-{info.st_mtime_ns}-{info.st_ctime_ns}-{info.st_ino}")
-
-
-def _put(full: str, data: Buffer, *, if_absent: bool, durable: bool) -> None:
-    """Write beside, sync, then link or rename: readers see all of it or none."""
-    temporary = f"{full}.{os.getpid()}-{threading.get_ident()}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        view = memoryview(data).cast("B")
-        while view:
-            view = view[os.write(fd, view) :]
-        if durable:
-            os.fsync(fd)
-        if if_absent:
-            _link(temporary, full)
-        else:
-            os.replace(temporary, full)
-    finally:
-        os.close(fd)
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
-    if durable:
-        _sync(os.path.dirname(full))
-
-
-def _link(temporary: str, full: str) -> None:
-    try:
-        os.link(temporary, full)
-    except FileExistsError:
-        raise ConflictError(
-            f"{full}: already exists", hint="another writer was first; choose another destination"
-        ) from None
-
-
-def _sync(full: str) -> None:
-    """Make the contents of a file, or the names in a folder, survive a power cut."""
-    fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED or not os.path.isdir(full):
-            raise  # a file must be synced; some network file systems cannot sync folders
-    finally:
-        os.close(fd)
-
-
-def _sync_file_system(fd: int) -> bool:
-    """Sync the file system of an open folder in one call, which beats one per file; False where there is none."""
-    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-    if syncfs is None:
-        return False
-    if syncfs(fd) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return True

@@ -1,16 +1,15 @@
-"""The ranks that hold a sharded target together: what one of them finds out, all of them hear."""
+"""The ranks that load together: what one of them finds out, all of them hear."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import distributed
-from torch.distributed.tensor import DTensor
+from torch.distributed import ProcessGroup
 
-from ucp.errors import StorageError
+from ucp.errors import StorageError, UsageError
 from ucp.train.team import attempt, portable
 
 Mine = TypeVar("Mine")
@@ -19,29 +18,34 @@ Shared = TypeVar("Shared")
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """The ranks of a mesh; `groups` are this rank's groups along its axes. Without a mesh, this rank alone."""
+    """The ranks of a process group, among `groups` of this rank that reach them all; without groups, it is alone."""
 
     rank: int = 0
     size: int = 1
     groups: list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, tensors: Iterable[torch.Tensor]) -> Crew:
-        """The crew of the largest mesh that a tensor lies on, the first of those: the same on each of its ranks."""
-        meshes = [tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]
-        mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
-        coordinate = mesh.get_coordinate() if mesh is not None else None
-        if mesh is None or coordinate is None:
+    def everybody(cls) -> Crew:
+        """All ranks of the process group; this rank alone where there is none."""
+        if not (distributed.is_available() and distributed.is_initialized()):
             return cls()
-        rank = 0
-        for index, size in zip(coordinate, mesh.shape, strict=True):
-            rank = rank * size + index
-        return cls(rank, mesh.size(), [mesh.get_group(axis) for axis in range(mesh.ndim)])
+        return cls(distributed.get_rank(), distributed.get_world_size(), [distributed.group.WORLD])
 
     @classmethod
-    def everybody(cls) -> Crew:
-        """All ranks of the process group."""
-        return cls(distributed.get_rank(), distributed.get_world_size(), [distributed.group.WORLD])
+    def of(cls, together: bool | ProcessGroup | None) -> Crew:
+        """The ranks of a group that is given; else everybody, but for ``False``: this rank alone.
+
+        UsageError for ``True`` where there is no process group, and for a group that this rank is not in.
+        """
+        if together is None or together is True:
+            if together and not (distributed.is_available() and distributed.is_initialized()):
+                raise UsageError("there is no process group to load together in", hint="leave together=True out")
+            return cls.everybody()
+        if together is False:
+            return cls()
+        if (rank := distributed.get_rank(together)) < 0:
+            raise UsageError("this rank is not in the process group to load together in")
+        return cls(rank, distributed.get_world_size(together), [together])
 
     def share(self, work: Callable[[], tuple[Mine, Shared]]) -> tuple[Mine, list[Shared]]:
         """Every rank does `work`; its first result is this rank's own, of the second each rank gets everybody's.
@@ -65,3 +69,7 @@ class Crew:
             if isinstance(one, Exception):
                 raise one
         return done[0], found
+
+    def do(self, work: Callable[[], object]) -> None:
+        """Every rank does `work`; what that raises on any of them, every rank raises."""
+        self.share(lambda: (work(), None))

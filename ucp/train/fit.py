@@ -10,7 +10,8 @@ import torch
 from ucp.errors import FitError
 from ucp.plan import TensorSpec
 from ucp.train.report import Cast, Findings
-from ucp.train.shards import local_tensor, parts
+from ucp.train.shards import dtype_name
+from ucp.train.targets import Slot
 
 _WIDER = {
     "uint8": ("int16", "uint16", "int32", "uint32", "int64", "uint64"),
@@ -23,19 +24,18 @@ _WIDER = {
 """Integers that hold every value of another."""
 
 
-def check_tensor(findings: Findings, name: str, state: str, spec: TensorSpec, tensor: torch.Tensor) -> bool:
-    """Whether `tensor` can be filled from `spec`; what hinders it goes to `findings`, and so does a cast."""
-    label = name if state == "value" else f"{name}[{state}]"
-    if tuple(tensor.shape) != spec.shape:
-        findings.add("shape", label, f"{list(spec.shape)} in the source, {list(tensor.shape)} in the target")
+def check_slot(findings: Findings, name: str, slot: Slot, spec: TensorSpec) -> bool:
+    """Whether `slot`, called `name`, can be filled from `spec`; what hinders it and casts go to `findings`."""
+    label = name if slot.state == "value" else f"{name}[{slot.state}]"
+    if slot.shape != spec.shape:
+        findings.add("shape", label, f"{list(spec.shape)} in the source, {list(slot.shape)} in the target")
         return False
     try:
-        _check_memory(local_tensor(tensor, label), label)
-        parts(tensor, label)
+        _check_memory(slot.held().memory, label)
     except FitError as error:
         findings.add("memory", label, error.message if error.hint is None else f"{error.message}; {error.hint}")
         return False
-    return check_dtype(findings, name, state, spec.dtype, tensor.dtype)
+    return check_dtype(findings, name, slot.state, spec.dtype, slot.dtype)
 
 
 def _check_memory(local: torch.Tensor, label: str) -> None:
@@ -70,8 +70,3 @@ def check_dtype(findings: Findings, name: str, state: str, source: str, dtype: t
         return False
     findings.casts.append(Cast(name, state, source, target))
     return True
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Torch's name without ``torch.``."""
-    return str(dtype).removeprefix("torch.")

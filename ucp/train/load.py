@@ -5,41 +5,42 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 
 from ucp.checkpoint import Checkpoint, open_checkpoint
 from ucp.errors import UsageError
 from ucp.lang.bind import Placements
 from ucp.lang.solve import Cuts
 from ucp.layout import Mesh
+from ucp.layout.region import numel
 from ucp.mapping import ProgramLike
-from ucp.run.integrity import Ledger, Piece, Spans
+from ucp.metrics import TIMINGS
+from ucp.run.integrity import Ledger, Piece
 from ucp.run.unchanged import check_unchanged
-from ucp.store import Store
+from ucp.train.asked import Asked, asked_by, find_gaps
+from ucp.train.checking import check_alone, check_together, ledger_of, telling
 from ucp.train.crew import Crew
+from ucp.train.declared import DeclaredLayout
+from ucp.train.exchange import MEMORY, Meeting, fill_together, meet
 from ucp.train.groups import install_options
 from ucp.train.job import Job, plan
 from ucp.train.names import Rename
 from ucp.train.optimizer import allocate
+from ucp.train.options import Allowed, Globs
 from ucp.train.report import LoadReport
+from ucp.train.resize import Kept
 from ucp.train.scheduler import STATE
-from ucp.train.shards import local_tensor
 from ucp.train.shares import Whole, share_out
 from ucp.train.targets import take_apart
-from ucp.train.transfer import Fill, transfer
+from ucp.train.transfer import Fill
 from ucp.train.wish import Coordinates, Wish
 
-_GAP = 64 << 10
-"""Bytes that may be read beyond what was asked for, per checksum, to make it tell."""
 
-_MOST_PIECES = 1024
-"""Parts of one checksum's bytes, not next to each other, that a rank tells the others of."""
-
-
+@TIMINGS.measured("load")
 def load(
     target: Any,
     source: str | os.PathLike[str] | Checkpoint,
@@ -47,9 +48,15 @@ def load(
     strict: bool = True,
     map: Rename | None = None,  # noqa: A002
     only: str | Iterable[str] | None = None,
+    new: Globs | None = None,
+    ignore: Globs | None = None,
+    resize: Mapping[str, int] | None = None,
     hyper_parameters: bool = True,
     verify: bool = True,
     workers: int | None = None,
+    together: bool | ProcessGroup | None = None,
+    exchange: bool = True,
+    memory: int = MEMORY,
     family: str | None = None,
     program: ProgramLike | None = None,
     mesh: Mesh | Mapping[str, int] | None = None,
@@ -58,30 +65,45 @@ def load(
     flags: Mapping[str, bool] | None = None,
     cuts: Cuts | None = None,
     placements: Placements | None = None,
+    layout: DeclaredLayout | None = None,
     **options: Any,
 ) -> LoadReport:
     """Fill `target` in place from the checkpoint `source`, a URL or an open `Checkpoint`, whatever layout wrote it.
 
     `target` is a module, ``(module, optimizer)``, a dict ``name: tensor`` or ``name: {state: tensor}``, or a dict of
     these under ``model``, ``optimizer`` and ``lr_scheduler``. Tensors may be DTensors with any placements but partial
-    ones; every rank reads just the bytes of its own shards. Values are cast to the target's dtype, rounded to nearest
-    even; the report lists casts.
+    ones; just the bytes of its shards are read. Values are cast to the target's dtype, rounded to nearest even; the
+    report lists casts.
+
+    `layout` says how tensors lie that do not tell themselves, such as experts that every rank calls by the same names:
+    ``{"layers.*.experts.*": (mesh, [Shard(0)])}``, globs of names with a DeviceMesh and a placement for each axis.
 
     Optimizer states are made where the optimizer has none yet, laid out as their parameters. Hyper-parameters go to
     the groups that hold the same parameters by name; ``hyper_parameters=False`` keeps the target's own.
 
     `strict` asks that source and target hold the same names, states and shapes. `map` renames (target name -> source
-    name), `only` selects names by globs. `verify` checks what was read against the checksums that the source keeps;
-    the ranks of a target's mesh do so together, so all of them must call, and what one raises they all raise. It also
-    compares replicas, such as what all tensor-parallel ranks hold. Low-precision copies are not read: converting
+    name), `only` selects names by globs. `new` are globs of target names that the source may lack: they stay as they
+    are, and start without optimizer states. `ignore` are globs of source names that the target may lack. `resize` maps
+    target names, or globs, to the dim along which the source may have another size, as a vocabulary: what both have is
+    filled, the rest of a value stays as it is, that of an optimizer state is zero.
+
+    Where there is a process group all its ranks call, each with its own part of the job, and what one raises they all
+    raise: what one rank has no use for, such as another stage of a pipeline, may be another's. Together they read each
+    byte once, and exchange what several of them want through at most `memory` bytes of buffers each. ``together=False``
+    lets a rank load for itself, whatever the others do; a process group lets its own ranks load together. With
+    ``exchange=False`` they agree on everything, and each reads and checks all that it wants itself: for ranks that find
+    their own shards near them.
+
+    `verify` checks what was read against the checksums that the source keeps, all ranks together. It also compares
+    replicas, such as what all tensor-parallel ranks hold. Low-precision copies are not read: converting
     compares them, and so does ``ucp verify --deep``.
-    `workers` threads read (default: up to 4), each with a bounded buffer. `options` go to the family's reader.
+    `workers` threads read (default: up to 4, and 16 for object storage), each with a bounded buffer. `options` go to
+    the family's reader.
 
     A conversion `program` describes the target's tensors where they are not the checkpoint's: each of them is made of
     parts of logical tensors, as at `coordinate` of `mesh` (axis names to numbers of ranks, outermost first), and what
     no part fills is padding and becomes zero, in values and states. ``"source"`` is the program that the checkpoint
-    keeps. Without a coordinate it is that of the process group's rank, counted row-major; all ranks then
-    call and check together, as those of a target's mesh do. A rank that holds several
+    keeps. Without a coordinate it is that of the process group's rank, counted row-major. A rank that holds several
     virtual stages puts them in one module (`nn.ModuleList`) and says where each is by the start of its names:
     ``coordinate={"0": {"pp": 1, "vpp": 0}, "1": {"pp": 1, "vpp": 1}}``. `sizes` and `flags` are the program's where
     shapes and names do not tell. `cuts` and `placements` say what is not even, as in `ucp.layout.setting.Setting`:
@@ -104,34 +126,74 @@ def load(
     if program is None and any(given is not None for given in job_is.values()):
         raise UsageError(f"{', '.join(job_is)} are a program's, and there is none", hint="give program=...")
     wish = None if program is None else Wish.of(program, **job_is)
+    if wish is not None and resize:
+        raise UsageError("resize is not for a program", hint="a program says what is padding: [vocab + _, hidden]")
+    allowed = Allowed.of(new=new, ignore=ignore, resize=resize)
     globs = (only,) if isinstance(only, str) else only
     # Tensors made inside a user's inference mode could never be trained.
     with torch.inference_mode(False):
-        targets = take_apart(target)
-        crew = Crew.of(slot.tensor for slot in targets.slots) if verify else Crew()
-        if verify and crew.size == 1 and wish is not None and wish.together:
-            crew = Crew.everybody()
+        crew = Crew.of(together)
 
-        def read() -> tuple[tuple[Job, Ledger], list[Piece]]:
+        def prepare() -> tuple[tuple[Job, Checkpoint], Asked]:
+            targets = take_apart(target, layout=layout)
             ckpt = _opened(source, family, options)
             supply = Whole(ckpt.catalog) if wish is None else share_out(ckpt.catalog, targets, wish)
             job = Job(supply.catalog, supply, ckpt.store, targets, map, None if globs is None else tuple(globs))
+            job.findings.allowed = allowed
             plan(job, hyper_parameters=hyper_parameters)
-            job.findings.check(ckpt.url, strict=strict)
-            ledger = Ledger(Spans(ckpt.catalog.checksums if verify else ()))
-            _fill(job, ledger, workers or min(4, os.cpu_count() or 1), replicas=verify)
-            return (job, ledger), _telling(ledger)
+            return (job, ckpt), asked_by(job)
 
-        (job, ledger), pieces = crew.share(read)
-        extra, checked = crew.share(lambda: _verify(ledger, pieces, crew, job.store))
-        _install(job)
-    moved = _Bytes(ledger.bytes_read + extra, sum(checked))
-    return _report(job, moved, time.perf_counter() - start)
+        (job, ckpt), asked = crew.share(prepare)
+
+        def fills() -> tuple[str, list[Fill]]:
+            # What a program describes are the tensors of one coordinate: others have theirs.
+            find_gaps(job, asked if wish is None or wish.mesh.size == 1 else [asked[crew.rank]])
+            job.findings.check(ckpt.url, strict=strict)
+            for refuse in job.targets.refusals:
+                refuse()
+            for _, made in job.states:
+                job.fills += allocate(made, job.catalog, job.supply)
+            return f"{ckpt.url} (step {job.catalog.step})", job.fills
+
+        meeting = meet(crew, fills, exchange=exchange)
+        planned, putting = time.perf_counter() - start, list[float]()
+        ledger = ledger_of(ckpt.catalog, crew, verify=verify)
+
+        def read() -> tuple[int, list[Piece]]:
+            threads = workers or min(job.store.parallel, 4 if job.store.locks else 16)
+            how = {"workers": threads, "replicas": verify, "memory": memory, "took": putting.append}
+            filled = _fill(job, ledger, meeting, how)
+            return filled, telling(ledger) if exchange else []
+
+        received, pieces = crew.share(read)
+
+        def check() -> tuple[None, tuple[int, int]]:
+            extra, checked = (
+                check_together(ledger, pieces, crew, job.store) if exchange else check_alone(ledger, job.store)
+            )
+            ledger.bytes_read += extra
+            return None, (ledger.bytes_read, checked)
+
+        _, told = crew.share(check)
+        checked_at = time.perf_counter()
+        # What schedulers and objects of the user's raise on one rank must not leave the others training.
+        crew.do(lambda: _install(job))
+        for finish in job.targets.after:
+            finish()
+        crew.do(lambda: _install_last(job))
+    read_by_all, checked_by_all = (sum(one) for one in zip(*told, strict=True))
+    moved = _Bytes(ledger.bytes_read, read_by_all, checked_by_all, received)
+    seconds = time.perf_counter() - start
+    reshard = sum(putting) + time.perf_counter() - checked_at
+    parts = {"plan": planned, "read": seconds - planned - reshard, "reshard": reshard}
+    return _report(job, moved, seconds, parts)
 
 
 class _Bytes(NamedTuple):
     read: int
+    of_job: int
     checked: int
+    received: int
 
 
 def _opened(source: str | os.PathLike[str] | Checkpoint, family: str | None, options: Mapping[str, Any]) -> Checkpoint:
@@ -142,10 +204,8 @@ def _opened(source: str | os.PathLike[str] | Checkpoint, family: str | None, opt
     return source
 
 
-def _fill(job: Job, ledger: Ledger, workers: int, *, replicas: bool) -> None:
-    """Read everything into its place."""
-    for _, made in job.states:
-        job.fills += allocate(made, job.catalog, job.supply)
+def _fill(job: Job, ledger: Ledger, meeting: Meeting, how: Mapping[str, Any]) -> int:
+    """Read everything into its place, together with the ranks of the meeting; bytes that came from them."""
     _clear_padding(job.fills)
     touched: set[str] = set()
 
@@ -153,42 +213,22 @@ def _fill(job: Job, ledger: Ledger, workers: int, *, replicas: bool) -> None:
         touched.add(object)
         ledger.record(object, offset, data)
 
-    transfer(job.store, job.fills, workers=workers, record=record, replicas=replicas)
+    received = fill_together(meeting, job.store, record=record, **how)
     check_unchanged(job.store, job.catalog, touched)
+    return received
 
 
 def _clear_padding(fills: Sequence[Fill]) -> None:
     """Zeros in tensors that the source does not fill wholly."""
     filled: dict[int, int] = {}
     for fill in fills:
-        if fill.share is not None:
-            filled[id(fill.tensor)] = filled.get(id(fill.tensor), 0) + fill.share.block.size
+        if fill.share is not None and not isinstance(fill.share, Kept):
+            size = fill.share.block.size if fill.share.block is not None else 0
+            filled[id(fill.held)] = filled.get(id(fill.held), 0) + size
     for fill in fills:
-        if filled.pop(id(fill.tensor), math.inf) < fill.tensor.numel():
-            local_tensor(fill.tensor, str(fill.cover.key)).zero_()
-
-
-def _telling(ledger: Ledger) -> list[Piece]:
-    """What this rank read, but for checksums of which it read very many small parts: too much to tell others."""
-    counts = Counter(piece.span for piece in ledger.pieces())
-    return [piece for piece in ledger.pieces() if counts[piece.span] <= _MOST_PIECES]
-
-
-def _verify(ledger: Ledger, pieces: Sequence[Sequence[Piece]], crew: Crew, store: Store) -> tuple[int, int]:
-    """Check this rank's share of the spans of which the crew read nearly all, and read their rest (padding, mostly).
-
-    Returns the bytes read for that, and the bytes checked.
-    """
-    known = Ledger(ledger.spans)
-    known.add(piece for rank in pieces for piece in rank if piece.span % crew.size == crew.rank)
-    sizes = {piece.span: ledger.spans.checksums[piece.span].length for piece in known.pieces()}
-    missing = dict(sizes)
-    for piece in known.pieces():
-        missing[piece.span] -= piece.length
-    nearly = {span for span, n in missing.items() if n <= max(_GAP, sizes[span] // 64)}
-    checked = Ledger(ledger.spans)
-    checked.add(piece for piece in known.pieces() if piece.span in nearly)
-    return checked.verify(store), sum(sizes[span] for span in nearly)
+        if filled.pop(id(fill.held), math.inf) < numel(fill.held.shape):
+            for _, view in fill.held.views():
+                view.zero_()
 
 
 def _install(job: Job) -> None:
@@ -205,18 +245,27 @@ def _install(job: Job) -> None:
     for scheduler, state in job.schedules:
         if state:
             scheduler.load_state_dict(state)
+    for item, prepared in (pair for pair in job.items if not pair[0].last):
+        item.install(prepared)
 
 
-def _report(job: Job, moved: _Bytes, seconds: float) -> LoadReport:
+def _install_last(job: Job) -> None:
+    for item, prepared in (pair for pair in job.items if pair[0].last):
+        item.install(prepared)
+
+
+def _report(job: Job, moved: _Bytes, seconds: float, parts: Mapping[str, float]) -> LoadReport:
     findings, catalog = job.findings, job.catalog
-    loaded = {STATE} if job.schedules else set()
+    loaded = {item.name for item, _ in job.items} | ({STATE} if job.schedules else set())
     return LoadReport(
         url=catalog.url,
         family=catalog.source.family,
         step=catalog.step,
         tensors=len(job.used),
         bytes_read=moved.read,
+        bytes_of_job=moved.of_job,
         bytes_checked=moved.checked,
+        bytes_received=moved.received,
         seconds=seconds,
         renamed=findings.renamed,
         casts=tuple(findings.casts),
@@ -225,4 +274,6 @@ def _report(job: Job, moved: _Bytes, seconds: float) -> LoadReport:
         unexpected=findings.subjects("unexpected"),
         not_loaded=tuple(name for name in catalog.state if name not in loaded),
         notes=(*catalog.notes, *findings.notes),
+        resized=findings.resized,
+        parts=parts,
     )

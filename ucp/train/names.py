@@ -51,14 +51,6 @@ def renamed(name: str, rename: Rename | None) -> str:
     return rename.get(name, rename.get(stripped(name), name))
 
 
-def unused(rename: Rename | None, names: Iterable[str]) -> list[str]:
-    """Keys of a rename mapping that are no name of the target: most likely spelled wrongly."""
-    if not isinstance(rename, Mapping):
-        return []
-    known = {spelling for name in names for spelling in (name, stripped(name))}
-    return [name for name in rename if name not in known]
-
-
 def selected(name: str, only: Iterable[str] | None) -> bool:
     """Whether `name`, as it is or without wrappers' components, matches one of the globs `only`."""
     if only is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,11 @@ from ucp.catalog import Catalog, Scalar
 from ucp.errors import FitError
 from ucp.plan import TensorSpec
 from ucp.train.fit import check_dtype, check_number
+from ucp.train.held import Held, held
 from ucp.train.report import Findings
+from ucp.train.shards import local_tensor
 from ucp.train.shares import Supply
+from ucp.train.targets import Slot
 from ucp.train.transfer import Fill
 
 State = dict[str, Any]
@@ -26,23 +29,31 @@ _PLAIN_STEP = {"foreach": False, "fused": False, "capturable": False, "different
 """Ways to compute that not every device has, and that do not change which states an optimizer keeps."""
 
 
-@dataclass(slots=True)
-class ParameterPlan:
-    """The state that a parameter will have: `template` as the optimizer keeps it, filled from tensor `source`.
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A tensor of the job, `slot`, in an optimizer's parameter: called `name` there, filled from tensor `source`.
 
     `twins` are further tensors of the source, tied in the target, whose states must be the same.
     """
 
-    parameter: torch.Tensor
+    slot: Slot
     name: str
     source: str
     twins: tuple[str, ...] = ()
-    template: State = field(default_factory=dict)
-    result: State = field(default_factory=dict)
 
     def label(self, state: str) -> str:
         """For people."""
         return f"{self.name}[{state}]"
+
+
+@dataclass(slots=True)
+class ParameterPlan:
+    """The state that a parameter will have: `template` as the optimizer keeps it, filled for each of its `members`."""
+
+    parameter: torch.Tensor
+    members: Sequence[Member]
+    template: State = field(default_factory=dict)
+    result: State = field(default_factory=dict)
 
 
 def plan_states(plan: ParameterPlan, catalog: Catalog, findings: Findings) -> bool:
@@ -50,54 +61,68 @@ def plan_states(plan: ParameterPlan, catalog: Catalog, findings: Findings) -> bo
 
     False where states are missing or do not fit; then the parameter's state is best left alone.
     """
-    tensor = catalog.tensors[plan.source]
+    good = not [member for member in plan.members if not _plan_member(plan, member, catalog, findings)]
+    for state in plan.template:
+        numbers = {repr(number) for member in plan.members if (number := _number_of(catalog, member, state))}
+        if len(numbers) > 1:
+            told = f"in one flat parameter of the target, whose {state} would be {' and '.join(sorted(numbers))}"
+            findings.add("hyper-parameters", " ".join(member.name for member in plan.members[:3]), told)
+            good = False
+    return good
+
+
+def _number_of(catalog: Catalog, member: Member, state: str) -> Scalar | None:
+    return catalog.tensors[member.source].scalars.get(state)
+
+
+def _plan_member(plan: ParameterPlan, member: Member, catalog: Catalog, findings: Findings) -> bool:
+    tensor = catalog.tensors[member.source]
     stored = set(tensor.states) - {"value"}
     good = True
     for state, kept in plan.template.items():
         if state in tensor.states:
-            good &= _fits(plan, state, kept, tensor.states[state], findings)
+            good &= _fits(plan, member, state, tensor.states[state], findings)
         elif state in tensor.scalars:
-            good &= _scalar_fits(plan, state, kept, tensor.scalars[state], findings)
+            good &= _scalar_fits(member.label(state), kept, tensor.scalars[state], findings)
         elif kept is not None:
-            findings.missing(plan.label(state), state, [*stored, *tensor.scalars])
+            findings.missing(member.label(state), state, [*stored, *tensor.scalars])
             good = False
     for state in sorted(stored - plan.template.keys()):
-        findings.add("unexpected", plan.label(state), "the target's optimizer keeps no such state")
-    for twin in (catalog.tensors[name] for name in plan.twins):
+        findings.add("unexpected", member.label(state), "the target's optimizer keeps no such state")
+    for twin in (catalog.tensors[name] for name in member.twins):
         if (twin.states, twin.scalars) != (tensor.states, tensor.scalars):
             findings.add(
-                "ties", plan.name, f"tied in the target, but the states of {plan.source} and {twin.name} differ"
+                "ties", member.name, f"tied in the target, but the states of {member.source} and {twin.name} differ"
             )
             good = False
     return good
 
 
-def _fits(plan: ParameterPlan, state: str, kept: Any, spec: TensorSpec, findings: Findings) -> bool:
+def _fits(plan: ParameterPlan, member: Member, state: str, spec: TensorSpec, findings: Findings) -> bool:
+    kept, label = plan.template[state], member.label(state)
     if kept is not None and not isinstance(kept, torch.Tensor):
-        findings.add("shape", plan.label(state), f"a tensor in the source, a {type(kept).__name__} in the target")
+        findings.add("shape", label, f"a tensor in the source, a {type(kept).__name__} in the target")
         return False
     dtype = plan.parameter.dtype if kept is None else kept.dtype
-    if spec.shape == tuple(plan.parameter.shape):
-        return check_dtype(findings, plan.name, state, spec.dtype, dtype)
-    if isinstance(plan.parameter, DTensor) and spec.shape:
-        findings.add(
-            "shape", plan.label(state), f"no layout is known for {list(spec.shape)} beside a sharded parameter"
-        )
+    if spec.shape == member.slot.shape:
+        return check_dtype(findings, member.name, state, spec.dtype, dtype)
+    if (isinstance(plan.parameter, DTensor) or member.slot.placed is not None) and spec.shape:
+        findings.add("shape", label, f"no layout is known for {list(spec.shape)} beside a sharded parameter")
         return False
     if kept is not None and kept.ndim != len(spec.shape):
-        findings.add("shape", plan.label(state), f"{list(spec.shape)} in the source, {kept.ndim} dims in the target")
+        findings.add("shape", label, f"{list(spec.shape)} in the source, {kept.ndim} dims in the target")
         return False
-    return check_dtype(findings, plan.name, state, spec.dtype, dtype)
+    return check_dtype(findings, member.name, state, spec.dtype, dtype)
 
 
-def _scalar_fits(plan: ParameterPlan, state: str, kept: Any, scalar: Scalar, findings: Findings) -> bool:
+def _scalar_fits(label: str, kept: Any, scalar: Scalar, findings: Findings) -> bool:
     if isinstance(kept, torch.Tensor) and kept.numel() == 1:
-        return check_number(findings, plan.label(state), scalar.value, kept.dtype)
+        return check_number(findings, label, scalar.value, kept.dtype)
     if isinstance(kept, bool | int | float):
-        return check_number(findings, plan.label(state), scalar.value, _dtype(kept))
+        return check_number(findings, label, scalar.value, _dtype(kept))
     if kept is None:
         return True
-    findings.add("shape", plan.label(state), f"a number in the source, a {type(kept).__name__} in the target")
+    findings.add("shape", label, f"a number in the source, a {type(kept).__name__} in the target")
     return False
 
 
@@ -110,28 +135,37 @@ def _dtype(number: float) -> torch.dtype:
 
 def allocate(plan: ParameterPlan, catalog: Catalog, supply: Supply) -> list[Fill]:
     """Make the new state in `plan.result`, reusing tensors that fit, and say how to fill it."""
-    tensor = catalog.tensors[plan.source]
     fills: list[Fill] = []
+    first = catalog.tensors[plan.members[0].source]
     for state, kept in plan.template.items():
-        if state in tensor.states:
-            made = _room(plan.parameter, kept, tensor.states[state])
-            fills += supply.fills(made, plan.source, state, plan.twins)
-        elif state in tensor.scalars:
-            made = _number(kept, tensor.scalars[state])
+        if state in first.states:
+            plan.result[state] = made = _room(plan, kept, first.states[state])
+            for member in plan.members:
+                fills += supply.fills(_held(member, made, state), member.source, state, member.twins)
+        elif state in first.scalars:
+            plan.result[state] = _number(kept, first.scalars[state])
         else:
-            made = kept
-        plan.result[state] = made
+            plan.result[state] = kept
     return fills
 
 
-def _room(parameter: torch.Tensor, kept: Any, spec: TensorSpec) -> torch.Tensor:
-    """A tensor for a state: the one that is there, else one laid out as the parameter is."""
+def _held(member: Member, state: torch.Tensor, name: str) -> Held:
+    label, placed = member.label(name), member.slot.placed
+    return held(state, label) if placed is None else placed.of(local_tensor(state, label))
+
+
+def _room(plan: ParameterPlan, kept: Any, spec: TensorSpec) -> torch.Tensor:
+    """A tensor for a state: the one that is there, else one laid out as the parameter is, its padding zero."""
+    parameter, slot = plan.parameter, plan.members[0].slot
     dtype = parameter.dtype if kept is None else kept.dtype
-    like = spec.shape == tuple(parameter.shape)
-    if isinstance(kept, torch.Tensor) and tuple(kept.shape) == spec.shape:
+    like = spec.shape == slot.shape
+    wanted = spec.shape if slot.placed is None else tuple(parameter.shape)
+    if isinstance(kept, torch.Tensor) and tuple(kept.shape) == wanted:
         same = not like or isinstance(kept, DTensor) == isinstance(parameter, DTensor)
         if same and kept.device == parameter.device and kept._base is None:
             return kept
+    if slot.placed is not None:
+        return torch.zeros_like(parameter.detach(), dtype=dtype)
     if like:
         return torch.empty_like(parameter.detach(), dtype=dtype, memory_format=torch.preserve_format)
     return torch.empty(spec.shape, dtype=dtype, device=parameter.device)

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
 from ucp.errors import FitError
+from ucp.layout import Shape
+from ucp.train.options import Allowed
 
 ProblemKind = Literal[
     "missing",
@@ -18,6 +20,10 @@ ProblemKind = Literal[
     "map",
     "only",
     "names",
+    "new",
+    "ignore",
+    "resize",
+    "state",
     "ties",
     "memory",
     "optimizer",
@@ -58,7 +64,9 @@ class Findings:
     renamed: dict[str, str] = field(default_factory=dict)
     without_state: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     remedy: str | None = None
+    allowed: Allowed = field(default_factory=Allowed)
 
     def add(self, kind: ProblemKind, subject: str, detail: str = "") -> None:
         """Note a problem."""
@@ -81,10 +89,14 @@ class Findings:
 
     def check(self, url: str, *, strict: bool) -> None:
         """FitError that lists all problems; without `strict`, missing and unexpected things are none."""
-        tolerated = () if strict else ("missing", "unexpected")
-        problems = [problem for problem in self.problems if problem.kind not in tolerated]
+        problems = [problem for problem in self.problems if not self._tolerates(problem, strict=strict)]
         if problems:
             raise FitError(_message(url, problems), hint=self.remedy or _hint(problems))
+
+    def _tolerates(self, problem: Problem, *, strict: bool) -> bool:
+        if problem.kind == "missing":
+            return not strict or self.allowed.missing(problem.subject)
+        return problem.kind == "unexpected" and (not strict or self.allowed.unexpected(problem.subject))
 
 
 def _message(url: str, problems: Sequence[Problem]) -> str:
@@ -96,7 +108,10 @@ def _message(url: str, problems: Sequence[Problem]) -> str:
 def _hint(problems: Sequence[Problem]) -> str:
     kinds = {problem.kind for problem in problems}
     if kinds & {"missing", "unexpected"}:
-        return "map={target name: source name} renames, only=[globs] selects, strict=False loads what there is"
+        return (
+            "map={target name: source name} renames, only=[globs] selects, new=[globs] and ignore=[globs] allow what "
+            "is on one side alone, strict=False any of it"
+        )
     if "names" in kinds:
         return "map={target name: source name} renames; `ucp ls` shows the source's names"
     if "optimizer" in kinds:
@@ -110,12 +125,15 @@ def _hint(problems: Sequence[Problem]) -> str:
 class LoadReport:
     """What `ucp.load` did.
 
-    `tensors` counts the source's tensors that were used, `bytes_read` the bytes this rank read,
-    `bytes_checked` those that it and the ranks it shares a mesh with set against checksums: all that lie under a
-    checksum of which they read nearly everything. `renamed` is target
-    name -> source name where they differ, `casts` what changed its dtype. `without_state` names optimized parameters
-    for which the source has no optimizer state; they start without. `missing` and `unexpected` are empty under
-    ``strict``. `not_loaded` names the parts of the training state that nothing in the target asked for.
+    `tensors` counts the source's tensors that were used. `bytes_read` are those that this rank read, `bytes_of_job`
+    those that all ranks did that loaded together, `bytes_checked` those that they set against checksums: all that lie
+    under a checksum of which they read nearly everything. This rank had `bytes_received` from others that
+    read them. `renamed` is target name -> source name where they differ, `casts` what changed
+    its dtype. `without_state` names optimized parameters for which the source has no optimizer state; they start
+    without. `missing` and `unexpected` name what ``strict=False``, `new` and `ignore` allowed. `resized` are the shapes
+    in the source and in the target, by names in the source. `not_loaded` names the parts of the training state that
+    nothing in the target asked for. `parts` of the seconds: to ``plan``, to ``read`` and check, waiting for others
+    included, and to ``reshard``, which is to put what was read where it belongs.
     """
 
     url: str
@@ -123,7 +141,9 @@ class LoadReport:
     step: int | None
     tensors: int
     bytes_read: int
+    bytes_of_job: int
     bytes_checked: int
+    bytes_received: int
     seconds: float
     renamed: Mapping[str, str]
     casts: tuple[Cast, ...]
@@ -132,11 +152,14 @@ class LoadReport:
     unexpected: tuple[str, ...]
     not_loaded: tuple[str, ...]
     notes: tuple[str, ...]
+    resized: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         counts = {
             "renamed": len(self.renamed),
             "cast": len(self.casts),
+            "resized": len(self.resized),
             "without optimizer state": len(self.without_state),
             "missing": len(self.missing),
             "unexpected": len(self.unexpected),

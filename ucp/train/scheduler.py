@@ -27,31 +27,37 @@ _NESTED = "_schedulers"
 
 
 def plan_scheduler(
-    catalog: Catalog, store: Store, scheduler: Any, homes: Sequence[Sequence[int]] | None, findings: Findings
+    catalog: Catalog,
+    store: Store,
+    scheduler: Any,
+    homes: Sequence[Sequence[int]] | None,
+    findings: Findings,
+    *,
+    name: str = STATE,
 ) -> dict[str, Any]:
-    """The state to hand to ``scheduler.load_state_dict``.
+    """The state to hand to ``scheduler.load_state_dict``, kept by the catalog as `name`; empty where there is none.
 
     `homes` gives the source groups of each group of the scheduler's optimizer, None where they are not known; lists
     with one entry per source group (``base_lrs``, ``_last_lr``) are put in the target's order. Problems go to
     `findings`.
     """
-    if not isinstance(catalog.state.get(STATE), dict):
-        findings.missing(STATE, STATE, catalog.state)
+    if not isinstance(catalog.state.get(name), dict):
+        findings.missing(name, name, catalog.state)
         return {}
-    tree: dict[str, Tree] = lazy_tree(catalog, store, catalog.state[STATE], STATE)
-    opaque = [path for path, node in walk(tree, where=STATE) if isinstance(node, Opaque)]
+    tree: dict[str, Tree] = lazy_tree(catalog, store, catalog.state[name], name)
+    opaque = [path for path, node in walk(tree, where=name) if isinstance(node, Opaque)]
     if opaque:
-        findings.add("map", STATE, f"holds objects that are never built: {', '.join(opaque[:3])}")
+        findings.add("map", name, f"holds objects that are never built: {', '.join(opaque[:3])}")
         return {}
-    _compare_keys(tree, scheduler.state_dict(), findings)
+    _compare_keys(name, tree, scheduler.state_dict(), findings)
     count = len(catalog.param_groups)
     return _by_group(read_tree(tree), count, homes, findings)
 
 
-def _compare_keys(tree: Mapping[str, Tree], own: Mapping[str, Any], findings: Findings) -> None:
+def _compare_keys(name: str, tree: Mapping[str, Tree], own: Mapping[str, Any], findings: Findings) -> None:
     for key in sorted(str(key) for key in own.keys() ^ tree.keys()):
         if not key.startswith("_") and key not in _MAY_DIFFER:
-            findings.add("missing" if key in own else "unexpected", f"{STATE}.{key}", "another kind of scheduler?")
+            findings.add("missing" if key in own else "unexpected", f"{name}.{key}", "another kind of scheduler?")
 
 
 def _by_group(
@@ -70,8 +76,10 @@ def _by_group(
 
 
 def _ordered(key: str, value: list[Any], count: int, homes: Sequence[Sequence[int]], findings: Findings) -> list[Any]:
-    same = [list(group) for group in homes] == [[i] for i in range(count)]
-    if key in _NOT_PER_GROUP or (same and len(value) == count) or (len(value) != count and key not in _PER_GROUP):
+    # An optimizer of several has some of the source's groups, one after the other.
+    start = homes[0][0] if homes and homes[0] else -1
+    same = [list(group) for group in homes] == [[start + i] for i in range(len(value))]
+    if key in _NOT_PER_GROUP or (same and start >= 0) or (len(value) != count and key not in _PER_GROUP):
         return value
     subject = f"{STATE}.{key}"
     if key not in _PER_GROUP:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +25,17 @@ class Part:
     local: Box
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Torch's name without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def local_tensor(tensor: torch.Tensor, label: str) -> torch.Tensor:
     """The memory of this rank's part of `tensor`, without autograd: writes to it change `tensor`.
 
     FitError for what has no plain memory: meta tensors, sparse and quantized ones, other tensor subclasses.
     """
-    local: torch.Tensor = tensor.detach()
-    if isinstance(local, DTensor):
-        local = local.to_local()
+    local = plain_of(tensor)
     if local.is_meta:
         raise FitError(
             f"{label}: is on the meta device, where it has no memory",
@@ -41,6 +44,17 @@ def local_tensor(tensor: torch.Tensor, label: str) -> torch.Tensor:
     if type(local) is not torch.Tensor or local.layout != torch.strided or local.is_quantized:
         raise FitError(f"{label}: cannot be filled in place, it is a {type(local).__name__} of layout {local.layout}")
     return local
+
+
+def plain_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of `tensor`, without autograd, whatever it is."""
+    # Without autograd a DTensor gives its local tensor as it is, which is many times faster.
+    with torch.no_grad():
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+_FOUND: dict[Hashable, list[Part]] = {}
+"""Parts by placements and shapes: a model has few different ones, and asking torch for all would take long."""
 
 
 def parts(tensor: torch.Tensor, label: str) -> list[Part]:
@@ -55,6 +69,16 @@ def parts(tensor: torch.Tensor, label: str) -> list[Part]:
         return [Part(whole, whole)] if whole.size else []
     if any(placement.is_partial() for placement in tensor.placements):
         raise FitError(f"{label}: has partial placements {tensor.placements}", hint="redistribute it before loading")
+    # A strided shard claims to equal a plain one.
+    cuts = tuple((type(p), getattr(p, "dim", None), getattr(p, "split_factor", 1)) for p in tensor.placements)
+    key = (tensor.device_mesh, cuts, tuple(tensor.shape), tuple(plain_of(tensor).shape))
+    known = _FOUND.get(key)
+    if known is None:
+        known = _FOUND[key] = _placed(tensor, label)
+    return known
+
+
+def _placed(tensor: DTensor, label: str) -> list[Part]:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return []

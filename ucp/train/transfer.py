@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,10 +12,10 @@ from ucp.errors import ConflictError, FitError
 from ucp.layout import Box, itemsize
 from ucp.layout import block as blocks
 from ucp.layout.block import View
-from ucp.plan import Cover, Extent, Fragment, split
+from ucp.plan import Cover, Extent, Fragment, Key, split
 from ucp.run.gather import Record, gather, read_into
 from ucp.store import Store
-from ucp.train.shards import local_tensor, parts
+from ucp.train.held import Held
 
 BLOCK_BYTES = 8 << 20
 """Bytes that a worker moves at a time, and the size of each of its buffers."""
@@ -23,13 +23,13 @@ BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Fill `tensor`, this rank's part of it if it is a DTensor, from `cover`, which has the same shape.
+    """Fill `held`, this rank's part of a tensor, from `cover`, which has the same shape.
 
-    With `share`, a block of `tensor` is filled, and is a part of the cover's tensor seen through a view. `twins` are
+    With `share`, a block of the tensor is filled, and is a part of the cover's tensor seen through a view. `twins` are
     further copies in the source that must be equal, bit for bit.
     """
 
-    tensor: torch.Tensor
+    held: Held
     cover: Cover
     twins: tuple[Cover, ...] = ()
     share: Share | None = None
@@ -37,10 +37,10 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A block of a tensor of the job, in the coordinates of a view of a tensor of the source."""
+    """A block of a tensor of the job, in the coordinates of a view of a tensor of the source; None: all is padding."""
 
     view: View
-    block: blocks.Block
+    block: blocks.Block | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +61,24 @@ class Block:
 
 
 def transfer(store: Store, fills: Sequence[Fill], *, workers: int, record: Record, replicas: bool = True) -> None:
-    """Carry out `fills` with `workers` threads of at most five buffers of `BLOCK_BYTES` each.
+    """Carry out `fills`, as `carry` does, and with `replicas` compare further copies that the source holds."""
+    settle(fills)
+    carry(store, (block for fill in fills for block in _blocks(fill, replicas=replicas)), workers, record)
 
-    With `replicas` further copies in the source are read too, and ConflictError is raised where one differs. Calls
-    `record` for every range read. The first error stops all workers and is raised.
-    """
-    for device in {fill.tensor.device for fill in fills}:
+
+def settle(fills: Sequence[Fill]) -> None:
+    """Wait for what devices still do to the memory that will be filled."""
+    for device in {fill.held.memory.device for fill in fills}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    blocks = (block for fill in fills for block in _blocks(fill, replicas=replicas))
+
+
+def carry(store: Store, blocks: Iterator[Block], workers: int, record: Record) -> None:
+    """Fill `blocks` with `workers` threads of at most five buffers of `BLOCK_BYTES` each.
+
+    Further copies in the source are read too where a block says so, and ConflictError is raised where one differs.
+    Calls `record` for every range read. The first error stops all workers and is raised.
+    """
     queue = _Queue(blocks)
     threads = [threading.Thread(target=_work, args=(store, queue, record), daemon=True) for _ in range(workers - 1)]
     for thread in threads:
@@ -85,29 +94,33 @@ def transfer(store: Store, fills: Sequence[Fill], *, workers: int, record: Recor
 
 
 def _blocks(fill: Fill, *, replicas: bool) -> Iterator[Block]:
-    view = fill.share.view if fill.share else View.plain(fill.cover.spec.shape)
-    most = max(1, BLOCK_BYTES // itemsize(fill.cover.spec.dtype))
-    for region, target in _regions(fill):
-        for box in split(region, most):
-            here = box.relative_to(region.start)
-            index = tuple(slice(a, b) for a, b in zip(here.start, here.stop, strict=True))
-            yield Block(target[index], box, fill.cover, fill.twins, view, replicas)
+    for region, target in regions(fill):
+        yield from cut(Block(target, region, fill.cover, fill.twins, view_of(fill), replicas))
 
 
-def _regions(fill: Fill) -> Iterator[tuple[Box, torch.Tensor]]:
+def cut(block: Block) -> Iterator[Block]:
+    """`block` in blocks of at most `BLOCK_BYTES`."""
+    for box in split(block.region, max(1, BLOCK_BYTES // itemsize(block.cover.spec.dtype))):
+        here = box.relative_to(block.region.start)
+        yield replace(block, target=block.target[tuple(map(slice, here.start, here.stop))], region=box)
+
+
+def view_of(fill: Fill) -> View:
+    """The view in whose coordinates the boxes of a fill are."""
+    return fill.share.view if fill.share else View.plain(fill.cover.spec.shape)
+
+
+def regions(fill: Fill) -> Iterator[tuple[Box, torch.Tensor]]:
     """Boxes of the source's tensor, in the fill's view, each with the memory that it goes to, in the same shape."""
-    label = str(fill.cover.key)
-    local = local_tensor(fill.tensor, label)
-    for part in parts(fill.tensor, label):
-        here = local[tuple(slice(a, b) for a, b in zip(part.local.start, part.local.stop, strict=True))]
+    for region, here in fill.held.views():
         if fill.share is None:
-            yield part.region, here
+            yield region, here
             continue
-        if not fill.share.block.size:
+        if fill.share.block is None:
             return
-        for block in blocks.clip(fill.share.block, tuple(fill.tensor.shape), part.region):
+        for block in blocks.clip(fill.share.block, fill.held.shape, region):
             at, strides = blocks.linear(block, here.stride())
-            first = at - sum(a * stride for a, stride in zip(part.region.start, here.stride(), strict=True))
+            first = at - sum(a * stride for a, stride in zip(region.start, here.stride(), strict=True))
             yield block.box, here.as_strided(block.box.shape, strides, here.storage_offset() + first)
 
 
@@ -191,16 +204,15 @@ def _move(store: Store, block: Block, buffers: _Buffers, record: Record) -> None
     _read(store, block.cover, block, staged.numpy().data, record)
     _compare(store, block, staged.numpy().data, record)
     values = staged.view(dtype).reshape(block.region.shape)
-    _check_range(block, values)
+    check_range(block.cover.key, target.dtype, values)
     # A cast is cheaper on the device that it ends on.
     target.copy_(values.to(target.device, non_blocking=True) if cuda else values, non_blocking=cuda)
     if cuda:
         buffers.sent(target.device)
 
 
-def _check_range(block: Block, values: torch.Tensor) -> None:
+def check_range(key: Key, target: torch.dtype, values: torch.Tensor) -> None:
     """FitError where a finite number is beyond what the target's dtype holds, which would make it infinite."""
-    target = block.target.dtype
     if not target.is_floating_point or torch.finfo(values.dtype).max <= 2 * torch.finfo(target).max:
         return
     if values.dtype.itemsize == 1:
@@ -212,7 +224,7 @@ def _check_range(block: Block, values: torch.Tensor) -> None:
     beyond = values[values.isfinite() & (values.abs() > most)]
     if len(beyond):
         raise FitError(
-            f"{block.cover.key}: {beyond[0].item():.6g} is beyond {target}, which ends at {most:.6g}",
+            f"{key}: {beyond[0].item():.6g} is beyond {target}, which ends at {most:.6g}",
             hint="give it a target of dtype bfloat16 or wider",
         )
 

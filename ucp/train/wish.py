@@ -28,8 +28,7 @@ Coordinates = Mapping[str, int] | Mapping[str, Mapping[str, int]]
 class Wish:
     """What a caller of `ucp.load` says of the job: its program, and where on which mesh this rank is.
 
-    `coordinates` are by the start of names, dot included; mostly there is one, for all names. `together`: all ranks of
-    the process group load, each at its own coordinate.
+    `coordinates` are by the start of names, dot included; mostly there is one, for all names.
     """
 
     program: ProgramLike
@@ -39,7 +38,6 @@ class Wish:
     flags: Mapping[str, bool]
     cuts: Cuts
     placements: Placements
-    together: bool = False
 
     @classmethod
     def of(
@@ -55,14 +53,13 @@ class Wish:
     ) -> Wish:
         """Check the arguments of `ucp.load`; without a coordinate, the process group's rank tells it."""
         found = mesh if isinstance(mesh, Mesh) else Mesh(mesh or {})
-        together = coordinate is None and found.size > 1
         if coordinate is None:
             coordinate = _own_coordinate(found)
         given = dict(_by_prefix(coordinate))
         for axis, index in (pair for one in given.values() for pair in one.items()):
             if not 0 <= index < found[axis]:
                 raise UsageError(f"coordinate {axis}={index} is not on the mesh {found}")
-        return cls(program, found, given, sizes or {}, flags or {}, cuts or {}, placements or {}, together)
+        return cls(program, found, given, sizes or {}, flags or {}, cuts or {}, placements or {})
 
 
 def _by_prefix(coordinate: Coordinates) -> Iterator[tuple[str, Mapping[str, int]]]:

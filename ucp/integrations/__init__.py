@@ -1,0 +1,1 @@
+"""Thin adapters that put ucp where training frameworks already save and load."""

@@ -1,0 +1,1 @@
+"""What happens to checkpoints once they are saved: copied, mirrored, repaired, swept."""
