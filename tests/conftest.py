@@ -6,9 +6,15 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.servers.fixtures import served
+from tests.support.gloo import forkserver
+
+__all__ = ["served"]
 
 # torch compiles DeepSpeed's operators with the ninja beside the interpreter, which the path leads to only in a shell
 # that activated the environment.
@@ -29,6 +35,18 @@ settings.register_profile("nightly", parent=settings.get_profile("ci"), max_exam
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hypothesis-profile", default=None):
         settings.load_profile("default")
+    # One server for a worker's whole life: before a test starts it for something else, with nothing imported.
+    forkserver()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Runs of tests that lie side by side: what a module makes for its tests is made by one worker, seldom by all."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,12 +19,17 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"lang"}),
     frozenset({"plan"}),
     frozenset({"tree"}),
-    frozenset({"store", "container", "format", "catalog", "converter", "zarr"}),
+    frozenset({"store", "container", "format", "catalog", "converter", "training", "zarr", "metrics"}),
     frozenset({"mapping"}),
+    frozenset({"share"}),
     frozenset({"run"}),
+    frozenset({"lifecycle"}),
+    frozenset({"pipeline"}),
     frozenset({"lazy", "checkpoint"}),
     frozenset({"train"}),
-    frozenset({"integrations", "demo", "cli", "testing", "__main__"}),
+    frozenset({"elastic"}),
+    frozenset({"integrations"}),
+    frozenset({"demo", "cli", "testing", "__main__"}),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 TOP = len(LEVELS) - 1
@@ -95,7 +100,7 @@ def test_converters_stay_below_the_command_line(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*sources("ucp"), *sources("converters"), *sources("spec")], ids=module)
 def test_threads_and_processes_only_in_their_rooms(path: Path) -> None:
-    if room(module(path)) in ("run", "store", "train", "demo"):
+    if room(module(path)) in ("run", "lifecycle", "store", "metrics", "train", "elastic", "demo", "testing"):
         return
     found = [name for name in imports(path) if inside(name, CONCURRENT)]
     # A progress line off the main thread is all the command line may start.
@@ -113,7 +118,7 @@ def test_the_rules_see_what_they_should(tmp_path: Path, monkeypatch: pytest.Monk
     assert upward(file) == ["ucp.run", "ucp.store", "ucp.open"]
 
 
-HEAVY = ("torch", "zarr")
+HEAVY = ("torch", "zarr", "obstore", "botocore")
 RUN_COMMAND = """
 import sys
 sys.argv[0] = "ucp"

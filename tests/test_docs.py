@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 
-from tests.docs import scene
+from tests.docs import scene, served
 from tests.docs.pages import NEEDS_DEEPSPEED, NOT_RUN, Block, blocks
 from tests.docs.play import play
 from tests.support.deepspeed_job import job_environment
@@ -79,9 +80,17 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", PLAYS, ids=relative)
-def test_examples_run(page: Path, stage: Path, tmp_path: Path) -> None:
+def test_examples_run(page: Path, stage: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     shutil.copytree(stage, tmp_path, dirs_exist_ok=True)
-    play(page, tmp_path)
+    with what_it_needs(page, request):
+        play(page, tmp_path)
+
+
+def what_it_needs(page: Path, request: pytest.FixtureRequest) -> AbstractContextManager[None]:
+    """The environment of an object store for the pages that name one."""
+    if page.name in served.PAGES:
+        return served.environment(request.getfixturevalue("served")("moto"))
+    return nullcontext()
 
 
 @pytest.mark.parametrize("page", PLAYS, ids=relative)
@@ -91,27 +100,38 @@ def test_examples_that_do_not_run_say_why(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_examples_run_with_deepspeed(tmp_path: Path) -> None:
+def test_examples_run_with_deepspeed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Every page on what the real demo left behind, so that outputs are those of real DeepSpeed checkpoints."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed; this test runs real DeepSpeed jobs (pip install deepspeed)")
     made = tmp_path / "made"
     made.mkdir()
-    run(["ucp.cli", "demo", "--keep", "demo", "--engine", "deepspeed"], made)
+    assert run(["ucp", "demo", "--keep", "demo", "--engine", "deepspeed"], made) is None
     scene.make_zero0(made)
+    failed = {}
     for page in PLAYS:
         folder = tmp_path / page.stem
         shutil.copytree(made, folder)
-        run(["tests.docs.play", str(page), str(folder)], made)
+        with what_it_needs(page, request):
+            words = run(["tests.docs.play", str(page), str(folder)], made)
+        if words is not None:
+            failed[relative(page)] = words
+    assert not failed, "\n\n".join(f"== {name}\n{words}" for name, words in failed.items())
 
 
-def run(arguments: list[str], folder: Path) -> None:
+def run(arguments: list[str], folder: Path) -> str | None:
+    """The last words of a module that fails, and how it ended."""
     module, *rest = arguments
-    command = [sys.executable, "-m", "ucp" if module == "ucp.cli" else module, *rest]
     done = subprocess.run(
-        command, cwd=folder, env=job_environment(), capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", module, *rest],
+        cwd=folder,
+        env=job_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    assert done.returncode == 0, f"{rest}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}" if done.returncode else None
 
 
 def played(text: str, folder: Path, *, real: bool = False) -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import ucp
 from tests.train.handmade import Counting, columns, flat, make, whole
 from ucp.checkpoint import Checkpoint
+from ucp.errors import ConflictError
 from ucp.lazy import LazyTensor
 from ucp.plan import Extent
 from ucp.tree import Opaque, TensorLeaf
@@ -257,3 +259,18 @@ repr(ckpt), len(ckpt), ckpt.state
 assert not {"torch", "zarr"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_place_with_two_checkpoints_is_not_chosen_from(tmp_path):
+    """Two jobs that save in different forms to one place at the same time both put their root."""
+    model = torch.nn.Linear(3, 2)
+    for form in ("native", "universal"):
+        ucp.save(model, str(tmp_path / form), form=form)
+    both = tmp_path / "both"
+    for form in ("native", "universal"):
+        shutil.copytree(tmp_path / form, both, dirs_exist_ok=True)
+    with pytest.raises(ConflictError, match="holds two checkpoints") as caught:
+        ucp.open(both)
+    assert "--family" in caught.value.hint
+    for form in ("native", "universal"):
+        assert ucp.open(both, family=form).family == form

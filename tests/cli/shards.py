@@ -100,6 +100,7 @@ class ShardsTarget:
     family: str = FAMILY
     root: str = "index.json"
     notes: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
 
     def finish(self, digests: Mapping[str, Digests]) -> Iterator[tuple[str, bytes]]:
         tensors = {

@@ -146,3 +146,15 @@ def test_damage_found_while_converting_is_exit_6(invoke, checkpoint, tmp_path) -
     assert result.exit_code == 6
     assert "error[conflict]: embed.weight" in result.stderr
     assert invoke("convert", checkpoint, tmp_path / "other", "--to", "shards", "--no-check").exit_code == 0
+
+
+def test_layouts_and_losses_are_asked_for_by_options(invoke, checkpoint, tmp_path) -> None:
+    there = tmp_path / "new"
+    words = ("--mesh", "tp=2,pp=2", "--to-size", "hidden=4", "--to-flag", "tied=yes", "--lossy")
+    refused = invoke("plan", checkpoint, there, *words)
+    assert refused.exit_code == 2
+    assert "universal checkpoints have no layout to choose" in refused.stderr
+    assert invoke("convert", checkpoint, there, "--mesh", "tp").exit_code == 2
+    assert invoke("convert", checkpoint, there, "--to-spec", "no_such_program").exit_code == 3
+    assert not there.exists()
+    assert "--lossy" in invoke("plan", checkpoint, there, "--lossy").stderr, "the hint repeats it"

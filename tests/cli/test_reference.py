@@ -36,8 +36,14 @@ def test_the_list_of_commands_shows_whole_sentences(name) -> None:
     assert not COMMANDS[name].get_short_help_str(limit=62).endswith("...")
 
 
-def test_help_of_each_command_prints(process) -> None:
-    for name in COMMANDS:
-        done = process(*name.split(), "--help")
-        assert done.returncode == 0
-        assert done.stdout.startswith(f"Usage: ucp {name}")
+def test_help_prints(process) -> None:
+    done = process("convert", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: ucp convert")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_prints(name, invoke) -> None:
+    done = invoke(*name.split(), "--help")
+    assert done.exit_code == 0
+    assert done.output.startswith(f"Usage: ucp {name}")

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.serialization import config
 
 from tests.container.torchfiles import Level, Thing, read, same, save, state
 from ucp.container.torchfile import read_torch_file, with_bytes
-from ucp.container.torchwrite import Slot, TorchFrame, dumps
+from ucp.container.torchwrite import Slot, TorchFrame, Zeros, dumps
 from ucp.container.values import Reference, Size
 from ucp.errors import CorruptError, UsageError
 from ucp.layout import Box, FlatRange
@@ -96,6 +98,49 @@ def test_shapes_ties_and_inline_tensors(tmp_path: Path) -> None:
     assert bytes(first.view(torch.uint8).flatten().tolist()) == sections[2]
     assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
     same(LocalStore(str(tmp_path)), read(tmp_path / "x.pt").root, loaded)
+
+
+@pytest.mark.usefixtures("checked_offsets")
+def test_slots_of_several_sections_and_zeros(tmp_path: Path) -> None:
+    """Flat partitions hold many parameters and padding; every storage's CRC-32 is put together from the parts'."""
+    blank = (1 << 20) + 3
+    tree = {
+        "flat": Slot(0, TensorSpec((10,), "int16"), (4, Zeros(6), 8, Zeros(2))),
+        "one": Slot(1, TensorSpec((3,), "int8")),
+        "zeros": Slot(2, TensorSpec((blank,), "uint8"), (Zeros(blank),)),
+        "empty": Slot(3, TensorSpec((0,), "float32"), ()),
+        "last": Slot(4, TensorSpec((9,), "uint8"), (Zeros(0), 0, 5, Zeros(4))),
+        "again": Slot(4, TensorSpec((3, 3), "uint8"), (Zeros(0), 0, 5, Zeros(4))),
+    }
+    sections = [b"abcd", b"efghijkl", b"xyz", b"", b"12345"]
+    frame = TorchFrame.of(tree)
+    (tmp_path / "x.pt").write_bytes(assemble(frame, sections))
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert archive.testzip() is None
+        assert archive.read("archive/data/0") == b"abcd" + bytes(6) + b"efghijkl" + bytes(2)
+        assert archive.read("archive/data/2") == bytes(blank)
+        assert archive.read("archive/data/4") == b"12345" + bytes(4)
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
+    assert (bytes(loaded["last"].tolist()), loaded["empty"].shape) == (b"12345" + bytes(4), (0,))
+    assert loaded["again"].data_ptr() == loaded["last"].data_ptr()
+    same(LocalStore(str(tmp_path)), read(tmp_path / "x.pt").root, loaded)
+
+
+def test_large_runs_of_zeros_cost_no_memory() -> None:
+    frame = TorchFrame.of(Slot(0, TensorSpec((1 << 40,), "uint8"), (1, Zeros((1 << 40) - 1))))
+    offset, _ = frame.suffix(Digests((), (7,)))
+    assert frame.size > offset > 1 << 40
+
+
+@given(st.lists(st.tuples(st.binary(max_size=50), st.integers(0, 5000)), max_size=6))
+def test_digests_of_storages_are_zlibs(parts: list[tuple[bytes, int]]) -> None:
+    made = tuple(part for data, zeros in parts for part in (len(data), Zeros(zeros)))
+    whole = b"".join(data + bytes(zeros) for data, zeros in parts)
+    frame = TorchFrame.of(Slot(0, TensorSpec((len(whole),), "uint8"), made))
+    file = assemble(frame, [data for data, _ in parts])
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        assert zlib.crc32(whole) == archive.getinfo("archive/data/0").CRC
+        assert archive.read("archive/data/0") == whole
 
 
 def test_plain_values(tmp_path: Path) -> None:
@@ -175,6 +220,7 @@ def test_allowed_classes_by_name(tmp_path: Path) -> None:
         (Slot(0, TensorSpec((2,), "float32")), "slots"),
         (Slot(1, TensorSpec((2,), "float32")), "slot 1"),
         ([Slot(0, TensorSpec((2,), "int8")), Slot(0, TensorSpec((3,), "int8"))], "slot 0"),
+        (Slot(0, TensorSpec((2,), "int8"), (1, Zeros(2))), "slot 0 has parts"),
         (object(), "object"),
     ],
 )

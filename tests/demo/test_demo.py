@@ -84,7 +84,8 @@ def test_torch_alone_trains_saves_converts_and_resumes(tmp_path) -> None:
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize("fault", ["zeroed", pytest.param("forgetful", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["zeroed", "forgetful"])
 def test_a_wrong_state_fails(tmp_path, fault) -> None:
     arguments = (fault, "demo", "--engine", "fsdp2", "--steps", 4, "--json")
     out, err = finish(start(*arguments, tmp_path=tmp_path, module="tests.demo.sabotaged"), exit_code=6)
@@ -97,6 +98,7 @@ def test_a_wrong_state_fails(tmp_path, fault) -> None:
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_failing_rank_is_shown(tmp_path) -> None:
     arguments = ("broken", "demo", "--engine", "fsdp2", "--steps", 2)
     out, err = finish(start(*arguments, tmp_path=tmp_path, module="tests.demo.sabotaged"), exit_code=1)
@@ -105,7 +107,9 @@ def test_a_failing_rank_is_shown(tmp_path) -> None:
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["ctrl-c", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGKILL", "SIGTERM"))]
+)
 def test_stopped_it_leaves_no_process(tmp_path, how) -> None:
     arguments = ("hanging", "demo", "--engine", "fsdp2", "--steps", 2)
     process = start(*arguments, tmp_path=tmp_path, module="tests.demo.sabotaged")

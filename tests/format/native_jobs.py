@@ -144,7 +144,7 @@ def save_holed(rank, world, folder):
 
 def save_and_die(rank, world, folder):
     """A rank of its own, that no parent watches: rank 1 is killed before it writes, the others note what they raise."""
-    from ucp.train import save as module
+    from ucp.train.save import native as module
 
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     write = module._write_file

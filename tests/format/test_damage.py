@@ -21,12 +21,14 @@ from tests.format.build import universal
 from ucp.catalog import Catalog, ParamGroup, ProgramRecord
 from ucp.errors import ContentError, CorruptError, FitError, NotFoundError, UcpError
 from ucp.format.documents import compact, root_digest
-from ucp.format.records import BLOBS, DIGESTS, ROOT, STATE
+from ucp.format.records import ROOT, Places
 from ucp.format.universal import CONVERTER
 from ucp.layout import Mesh
 from ucp.plan import BLOCK_BYTES, Extent
 from ucp.store import LocalStore
 from ucp.tree import TensorLeaf
+
+BLOBS, DIGESTS, STATE = Places().blobs, Places().digests, Places().state
 
 
 def tensors() -> dict[str, dict[str, np.ndarray]]:

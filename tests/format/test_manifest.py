@@ -177,7 +177,7 @@ def test_a_newer_major_version_is_refused_with_the_remedy(tmp_path: Path, versio
     store = LocalStore(str(tmp_path))
     store.put(ROOT, json.dumps({"attributes": {"ucp": {"format": "universal", "version": version}}}).encode())
     assert CONVERTER.detect(store)
-    with pytest.raises(FitError, match=f"format version {version}; this ucp reads up to 1.0") as caught:
+    with pytest.raises(FitError, match=f"format version {version}; this ucp reads up to 1.1") as caught:
         CONVERTER.read(store)
     assert "pip install -U" in str(caught.value.hint)
 

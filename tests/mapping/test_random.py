@@ -13,7 +13,7 @@ import ucp
 from tests.lang.test_random_programs import Case, cases
 from tests.mapping.made import part, read, whole, zero
 from ucp.checkpoint import Checkpoint
-from ucp.mapping import consolidate
+from ucp.mapping import consolidate, scatter
 from ucp.store import open_store
 
 
@@ -35,3 +35,9 @@ def test_the_engine_does_what_arrays_in_memory_do(case: Case, cut) -> None:
             ucp.load(room, Checkpoint(catalog, store), program=program, **here)
             for name, array in expected.items():
                 np.testing.assert_array_equal(room[name].numpy(), array, err_msg=name)
+        scattered = scatter(catalog, program, mesh=setting.mesh, sizes=dict(setting.sizes), **recorded)
+        for at, again in scattered.parts:
+            expected = {frozenset(key): held for key, held in shards.items()}.get(frozenset(at.items()), {})
+            assert again.tensors.keys() == expected.keys()
+            for name, array in expected.items():
+                np.testing.assert_array_equal(read(again, store, name), array, err_msg=name)

@@ -57,7 +57,7 @@ def test_shards_held_in_any_pieces_make_up_a_tensor_of_other_dims(data):
         renamed = {f.extent.object: f"{number}-{f.extent.object}" for f in held}
         objects |= {renamed[name]: memory for name, memory in scatter(shard, held).items()}
         for fragment in held:
-            for part in compose(fragment, block, shape):
+            for part in compose(fragment, block, shape, view=seen):
                 extent = part.extent
                 named = type(extent)(renamed[extent.object], extent.offset, extent.shape, extent.strides, extent.dtype)
                 fragments.append(Fragment(part.region, named))

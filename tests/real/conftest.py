@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 from tests.support.case import Case
+from tests.support.cases import CASES
 from tests.support.deepspeed_job import run_jobs
 
 DeepSpeedCase = Callable[[Case], Path]
@@ -37,18 +38,26 @@ def real_cases_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def deepspeed_cases(real_cases_folder: Path) -> DeepSpeedCases:
-    """Call with cases to get each one's folder by name; the missing ones are made in one process."""
+def deepspeed_cases(real_cases_folder: Path, request: pytest.FixtureRequest) -> DeepSpeedCases:
+    """Call with cases to get each one's folder by name.
+
+    The missing ones are made in one process, and with them all that selected tests have as the parameter `opened`:
+    DeepSpeed takes longer to start than a case takes.
+    """
+    calls = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    opened = {CASES[call.params["opened"]] for call in calls if call.params.get("opened") in CASES}
 
     def make(cases: Iterable[Case]) -> dict[str, Path]:
-        wanted = {real_cases_folder / case.key(): case for case in cases}
+        asked = list(cases)
+        whole = all((real_cases_folder / case.key() / "case.json").exists() for case in asked)
+        wanted = {real_cases_folder / case.key(): case for case in (asked if whole else {*asked, *opened})}
         _need_packages(wanted.values())
         with contextlib.ExitStack() as locks:
             # One order for all workers, so that two of them never wait for each other.
             for folder in sorted(wanted):
                 locks.enter_context(FileLock(f"{folder}.lock"))
             _make_missing(wanted)
-        return {case.name: folder for folder, case in wanted.items()}
+        return {case.name: real_cases_folder / case.key() for case in asked}
 
     return make
 

@@ -126,7 +126,7 @@ def test_files_of_two_steps_where_no_schedule_tells(take, made, tmp_path, names)
 def test_files_of_another_world_size(take, made, tmp_path) -> None:
     root = take(Z1)
     replace(root, made[NARROW.name] / "ckpt", RANK1)
-    refused(root, ConflictError, RANK1, "over 2 ranks", folder=tmp_path)
+    refused(root, ConflictError, RANK1, "partition counts", folder=tmp_path)
 
 
 def cut_points(path: Path) -> dict[str, int]:
@@ -393,6 +393,6 @@ def test_no_checkpoint_at_all(tmp_path, what) -> None:
         there.mkdir()
         if what == "other things":
             (there / "model.safetensors").write_bytes(b"\0" * 100)
-    error = ucp("convert", there, tmp_path / "new", exit_code=3)
+    error = ucp("convert", there, tmp_path / "new", exit_code=6 if what == "other things" else 3)
     assert str(there) in error
     assert digests(tmp_path).keys() <= {"there", "there/model.safetensors"}

@@ -50,7 +50,7 @@ def document(*arguments: object, exit_code: int = 0) -> dict:
     return json.loads(ucp(*arguments, "--json", exit_code=exit_code).stdout)
 
 
-@pytest.fixture(scope="module", params=["z2_fp16_dp2", "z3_bf16_dp2"])
+@pytest.fixture(scope="module", params=[pytest.param("z2_fp16_dp2", marks=pytest.mark.slow), "z3_bf16_dp2"])
 def source(request, deepspeed_case) -> Path:
     return deepspeed_case(CASES[request.param])
 

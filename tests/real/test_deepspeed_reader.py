@@ -10,7 +10,7 @@ import pytest
 
 from tests.converters.deepspeed.audit import audit_bytes, audit_entries
 from tests.converters.deepspeed.oracle import differences, load_truth, read_state
-from tests.real.conftest import DeepSpeedCases
+from tests.real.conftest import DeepSpeedCase
 from tests.support.case import Case
 from tests.support.cases import CASES
 from tests.support.deepspeed_job import read_result
@@ -44,21 +44,9 @@ class Opened:
         self.catalog: Catalog = CONVERTER.read(open_store(str(self.root)), **options(case))
 
 
-@pytest.fixture(scope="session")
-def folders(deepspeed_cases: DeepSpeedCases, request: pytest.FixtureRequest) -> dict[str, Path]:
-    """Folders of all cases that tests of this session open, made in one process."""
-    calls = [item.callspec for item in request.session.items if isinstance(item, pytest.Function) and _calls(item)]
-    names = {call.params["opened"] for call in calls if "opened" in call.params}
-    return deepspeed_cases(CASES[name] for name in sorted(names))
-
-
-def _calls(item: pytest.Function) -> bool:
-    return item.path == Path(__file__) and hasattr(item, "callspec")
-
-
 @pytest.fixture
-def opened(folders: dict[str, Path], request: pytest.FixtureRequest) -> Opened:
-    return Opened(folders[request.param], CASES[request.param])
+def opened(deepspeed_case: DeepSpeedCase, request: pytest.FixtureRequest) -> Opened:
+    return Opened(deepspeed_case(CASES[request.param]), CASES[request.param])
 
 
 def every(names: list[str]) -> pytest.MarkDecorator:

@@ -71,20 +71,20 @@ BF16_OPTIMIZER = {"grad_accum_fp32": True}
 
 # Grouped so that DeepSpeed is imported once for each group.
 MOVES = {
-    "same layout": [
-        Move("z1_fp32_dp2", 1, 2, exact=True),
-        Move("z2_bf16_dp3", 2, 3, exact=True),
+    "same and other stages": [
         Move("z3_fp32_dp4", 3, 4, exact=True),
-    ],
-    "other stage": [
         Move("z1_fp32_dp2", 3, 3),
         Move("z3_fp32_dp4", 1, 2),
         Move("z2_fp16_dp2", 3, 2),
-        Move("z2_bf16_dp4_rr", 2, 4),
         Move("z3_bf16_dp3_subgroup", 1, 2, BF16_OPTIMIZER),
     ],
 }
 MORE_MOVES = {
+    "same layout": [
+        Move("z1_fp32_dp2", 1, 2, exact=True),
+        Move("z2_bf16_dp3", 2, 3, exact=True),
+        Move("z2_bf16_dp4_rr", 2, 4),
+    ],
     "from 1": [
         Move("z1_bf16_dp4", 1, 2),
         Move("z1_bf16_dp4", 2, 3),

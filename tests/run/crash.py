@@ -17,7 +17,7 @@ from functools import wraps
 from ucp.converter import converter
 from ucp.errors import NotFoundError
 from ucp.run.convert import convert
-from ucp.store import local, open_store
+from ucp.store import local, local_write, open_store
 
 OPERATIONS = 0
 
@@ -38,7 +38,7 @@ def kill_at(limit: int) -> None:
 
         return wrapper
 
-    local._LocalWriter.write_at = counted(local._LocalWriter.write_at, halve=True)
+    local_write.FileWriter.write_at = counted(local_write.FileWriter.write_at, halve=True)
     local.LocalStore.put = counted(local.LocalStore.put, halve=False)
     local.LocalStore.delete = _counted_delete(local.LocalStore.delete, limit)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import ucp.converter
 from tests.cli import shards
@@ -244,6 +245,22 @@ def test_other_options_are_another_conversion(source, there):
     for options in ({"read_options": {"frozen": "w*"}}, {"check": False}):
         with pytest.raises(UsageError, match="already holds"):
             prepared(source, there, **options)
+
+
+def test_a_file_that_an_option_names_may_say_something_else_by_now(tmp_path, there):
+    """The order of an optimizer's parameters, say, after it was found to be wrong."""
+    first, second = torch.ones(4, 4), torch.zeros(4, 4)
+    state = {number: {"exp_avg": tensor} for number, tensor in enumerate((first, second))}
+    optimizer = {"state": state, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+    torch.save({"model": {"a": first, "b": second}, "optimizer": optimizer}, tmp_path / "job.pt")
+    names = tmp_path / "order.txt"
+    for order in ("a\nb\n", "b\na\n"):
+        names.write_text(order)
+        if order.startswith("b"):
+            with pytest.raises(UsageError, match="already holds"):
+                prepare(str(tmp_path / "job.pt"), str(there), read_options={"order": str(names)})
+        else:
+            convert(str(tmp_path / "job.pt"), str(there), read_options={"order": str(names)})
 
 
 def test_a_source_that_changed_is_not_resumed(source, there):

@@ -43,6 +43,15 @@ class Counting:
         self.calls += 1
         self.store.read_into(path, offset, buffer)
 
+    def read_ranges(self, path, ranges):
+        for offset, buffer in ranges:
+            self.read_into(path, offset, buffer)
+
+    def read_runs(self, path, offsets, length, buffer):
+        self.bytes += len(offsets) * length
+        self.calls += 1
+        self.store.read_runs(path, offsets, length, buffer)
+
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
@@ -72,6 +81,30 @@ def test_slices_of_a_large_tensor_read_little_more_than_they_want(big, box, over
     assert counting.calls <= 3000
 
 
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_part_of_every_page_is_read_with_its_pages_and_sparser_runs_alone(kind, tmp_path):
+    """Columns of narrow and of wide rows, in two dims outside of the run."""
+    store = open_store(str(tmp_path) if kind == "local" else "memory://runs")
+    for width, most in ((900, 4096 / 512 + 1), (5000, 1.0)):
+        tensor = np.arange(30 * 40 * width, dtype="<f4").reshape(30, 40, width)
+        store.put("t", tensor.tobytes())
+        fragment = Fragment(Box.whole(tensor.shape), Extent.contiguous("t", 0, tensor.shape, "float32"))
+        cover = Cover.of(KEY, TensorSpec(tensor.shape, "float32"), [fragment])
+        counting = Counting(store)
+        box = Box((3, 0, 128), (25, 40, 128))
+        found = read_region(counting, cover, box).view("<f4").reshape(box.shape)
+        np.testing.assert_array_equal(found, tensor[3:28, :, 128:256])
+        assert counting.bytes <= most * found.nbytes
+        assert counting.calls == 1
+
+
+def test_a_file_that_ends_within_a_run_is_damaged(tmp_path):
+    store = open_store(str(tmp_path))
+    store.put("t", bytes(100))
+    with pytest.raises(CorruptError, match="ends at byte 100"):
+        store.read_runs("t", [0, 60, 95], 10, memoryview(bytearray(30)))
+
+
 def test_a_cast_happens_on_the_way(big):
     store, tensor, _ = big
     buffer = np.zeros(2000, "<f2")
@@ -98,3 +131,28 @@ def test_a_truncated_object_is_corrupt(tmp_path):
     )
     with pytest.raises(CorruptError, match="t: ends at byte 39"):
         read_region(store, cover, Box.whole((10,)))
+
+
+def test_neighbours_in_one_object_are_read_together(tmp_path):
+    """With one call for each object; what is recorded is what was read."""
+    store = open_store(str(tmp_path))
+    store.put("a", bytes(range(200)))
+    store.put("b", bytes(range(100)))
+    calls, recorded = [], []
+
+    class Watching(Counting):
+        def read_ranges(self, path, ranges):
+            calls.append((path, [(offset, len(buffer)) for offset, buffer in ranges]))
+            super().read_ranges(path, ranges)
+
+    def copy(name, offset, to):
+        return Copy(Extent.contiguous(name, offset, (10,), "uint8"), Extent.contiguous("", to, (10,), "uint8"))
+
+    buffer = memoryview(bytearray(40))
+    copies = [copy("a", 0, 0), copy("b", 50, 10), copy("a", 20, 20), copy("a", 100, 30)]
+    gather(Watching(store), copies, buffer, lambda name, at, data: recorded.append((name, at, bytes(data))))
+    assert calls == [("a", [(0, 10), (20, 10), (100, 10)]), ("b", [(50, 10)])]
+    assert bytes(buffer) == bytes([*range(10), *range(50, 60), *range(20, 30), *range(100, 110)])
+    assert sorted(recorded) == [
+        (name, at, bytes(range(at, at + 10))) for name, at in (("a", 0), ("a", 20), ("a", 100), ("b", 50))
+    ]

@@ -71,7 +71,7 @@ def test_only_whole_spans_can_be_asked_for(store):
     ledger = Ledger(Spans(checksums()))
     wrong = bytearray(50)
     ledger.record("f", 0, memoryview(wrong))
-    assert ledger.verify(store, whole_only=True) == 0
+    assert ledger.verify(store, gap=0) == 0
     with pytest.raises(CorruptError):
         ledger.verify(store)
 

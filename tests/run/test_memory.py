@@ -65,7 +65,7 @@ def peak(catalog: Catalog, destination: Path, *, workers: int) -> tuple[int, int
     source = open_store(catalog.url)
     target = make_target(catalog, source)
     plan = Plan.of(target.tasks)
-    wanted = Wanted(target.root, {task.object: task.size for task in plan.tasks}, "x")
+    wanted = Wanted(target, "x")
     conversion = Conversion(catalog, target, plan, "universal", source, open_store(str(destination)), wanted, "new")
     tracemalloc.start()
     try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ from ucp.testing.stores import StoreConformance
 
 
 class TestLocal(StoreConformance):
+    in_place = True
+
     @pytest.fixture
     def store(self, tmp_path):
         return open_store(str(tmp_path / "root"))
@@ -69,6 +72,13 @@ class TestLocal(StoreConformance):
             store.put(f"{number}", b"%d" % number)
         for _ in range(2):
             assert [store.read(f"{number}") for number in range(100)] == [b"%d" % number for number in range(100)]
+
+    def test_what_another_process_replaced_is_read_anew(self, store):
+        """An open file still has the old bytes, of which the new size would show a part."""
+        store.put("a", b"the old one")
+        assert store.read("a") == b"the old one"
+        LocalStore(store.root).put("a", b"new")
+        assert store.read("a") == b"new"
 
     def test_a_full_disk_is_a_storage_error_with_a_remedy(self, store):
         """A limit on file size is as close to a full disk as a process can bring itself."""
@@ -128,6 +138,8 @@ class TestLocal(StoreConformance):
 
 
 class TestMemory(StoreConformance):
+    in_place = True
+
     @pytest.fixture
     def store(self):
         return open_store(f"memory://{uuid.uuid4()}/root")
@@ -171,3 +183,37 @@ def test_an_unknown_protocol_does_not_show_credentials():
     with pytest.raises(UsageError) as caught:
         open_store("nonsense://me:secret@host/a")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["file://localhost/tmp/x", "FILE:///tmp/x", "file:///tmp/x", "local:///tmp/x"])
+def test_spellings_of_a_local_folder(url: str) -> None:
+    assert open_store(url).url == "/tmp/x"
+
+
+@pytest.mark.parametrize("url", ["file://elsewhere/tmp/x", "file://tmp/x", "file://localhost"])
+def test_files_of_other_hosts_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="another host"):
+        open_store(url)
+
+
+def test_schemes_are_of_any_case() -> None:
+    assert open_store("S3://bucket/a").url == "s3://bucket/a"
+    assert open_store("MEMORY://a").url == "memory://a"
+
+
+def test_a_chained_url_can_only_be_read(tmp_path: Path) -> None:
+    """It ends in a place that nobody would know again by it, such as a source that must not be changed."""
+    LocalStore(str(tmp_path)).put("a", b"1")
+    chained = open_store(f"simplecache::file://{tmp_path}")
+    assert chained.read("a") == b"1"
+    for write in (
+        lambda: chained.put("b", b""),
+        lambda: chained.create("b", 0),
+        lambda: chained.replace("a", 0),
+        lambda: chained.delete("a"),
+    ):
+        with pytest.raises(UsageError, match="can only be read"):
+            write()
+    assert [entry.path for entry in LocalStore(str(tmp_path)).entries()] == ["a"]
+    assert chained.overlaps(LocalStore(str(tmp_path))), "nor is what it ends in written when it is the source"
+    assert not chained.overlaps(LocalStore(str(tmp_path / "..") + "/other"))

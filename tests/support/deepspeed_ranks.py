@@ -92,7 +92,8 @@ def _load_and_train(rank: int, world: int, request: Resume, out: str) -> None:
     job = engines.build_job(request.case, rank, world, load_universal=request.universal)
     if request.module_state is not None:
         load_module(job, Path(request.module_state))
-    path, client = job.engine.load_checkpoint(request.root, tag=request.tag)
+    states = {"load_optimizer_states": False} if request.weights_only else {}
+    path, client = job.engine.load_checkpoint(request.root, tag=request.tag, **states)
     if path is None:
         raise FileNotFoundError(f"DeepSpeed found no checkpoint to load under {request.root}")
     repair_loaded(job, request)

@@ -33,7 +33,7 @@ class Resume:
     times per step.
     `module_state` loads this file of named tensors into the module (not strictly) before DeepSpeed loads: its universal
     loader restores neither buffers nor frozen parameters.  `finish` names a function (``package.module:name``) to call
-    with the engine and `root` right after loading.
+    with the engine and `root` right after loading.  `weights_only` loads without optimizer states.
     """
 
     case: Case
@@ -46,6 +46,7 @@ class Resume:
     separate_steps: bool = False
     module_state: str | None = None
     finish: str | None = None
+    weights_only: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The resume as a JSON object."""

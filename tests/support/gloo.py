@@ -1,14 +1,16 @@
 """Real gloo ranks for tests: started quickly, watched closely, never left behind.
 
-Ranks are forked from a process that has imported torch already, so a group starts in well under a second.  Inside
-pytest that process is multiprocessing's fork server (forking pytest itself would copy its threads' locks); a plain
-script without threads may use ``method="fork"`` and have its ranks inherit everything it imported.
+Ranks are forked from a process that has imported already what they would each import, so a group starts in well under
+a second.  Inside pytest that process is multiprocessing's fork server (forking pytest itself would copy its threads'
+locks); a plain script without threads may use ``method="fork"`` and have its ranks inherit everything it imported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
+import importlib.metadata
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -23,6 +25,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 Method = Literal["forkserver", "fork"]
+
+USED = (
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint.state_dict",
+    "torch._dynamo",  # which the first optimizer of a process imports: it takes as long as all else of torch
+    "ucp.train.load",
+    "ucp.train.save",
+    "blake3",
+    "zarr",
+)
+"""What ranks use, and would each import anew; every family, too, since a source is asked whose it is."""
 
 
 class RankFailed(RuntimeError):
@@ -43,9 +56,7 @@ def spawn(
     Raises `RankFailed` with the first rank's traceback; no rank outlives the call.
     """
     with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
-        context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor"])
+        context: Any = forkserver() if method == "forkserver" else multiprocessing.get_context(method)
         processes = [
             context.Process(target=_rank_main, args=(rank, world, folder, env or {}, fn, args), daemon=True)
             for rank in range(world)
@@ -59,6 +70,24 @@ def spawn(
         if problem is not None:
             raise RankFailed(_report(problem, Path(folder), world))
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world)]
+
+
+def forkserver() -> Any:
+    """The context whose processes begin with what ranks use, if asked for before the first of them starts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_used())
+    return context
+
+
+def preload() -> None:
+    """Import what ranks use, in a script that forks them."""
+    for module in _used():
+        importlib.import_module(module)
+
+
+def _used() -> list[str]:
+    families = {point.module for point in importlib.metadata.entry_points(group="ucp.converters")}
+    return [*USED, *sorted(families)]
 
 
 def _wait(processes: list[Any], deadline: float) -> str | None:
@@ -98,7 +127,7 @@ def _rank_main(
     rank: int, world: int, folder: str, env: dict[str, str], fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     """Body of a rank: never returns, so that no inherited exit handler runs in it."""
-    _die_with_parent()
+    die_with_parent()
     here = Path(folder)
     _redirect_output(here / f"{rank}.log")
     code = 1
@@ -152,8 +181,8 @@ def _redirect_output(path: Path) -> None:
     os.close(log)
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this rank when the process that forked it dies, whatever killed that one."""
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the process that forked it dies, whatever killed that one."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
         with contextlib.suppress(OSError, AttributeError):

@@ -50,6 +50,8 @@ class Model:
     ffn_shared: int | None = None
     routed_with_bias: bool = False
     """Scores by sigmoid with a bias per expert, and a gate before the shared experts."""
+    grouped: bool = False
+    """Experts of a rank are one parameter (GroupedMLP); nothing is computed with it, for want of its kernels."""
     expert_layers: tuple[int, ...] | None = None
     """1 for each layer with experts, 0 for each without; None: all of them."""
 

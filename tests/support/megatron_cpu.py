@@ -61,10 +61,23 @@ def patch() -> None:
 
 def _patch_megatron() -> None:
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # Models with its layers can be made and saved without the kernels that compute with them.
+    grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
     if not hasattr(moe_utils, "te_general_gemm"):
         # 0.16.1 asks for this name where Transformer Engine is not installed.
         moe_utils.te_general_gemm = None
+
+
+def patch_optimizers() -> None:
+    """Let Megatron-Core's optimizers take tensors on the CPU: they ask for the class by its name."""
+    named: Any = torch.Tensor.type
+
+    def kind(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        found = named(self, *(() if dtype is None else (dtype,)), *args, **kwargs)
+        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) and "cuda" not in found else found
+
+    torch.Tensor.type = kind  # type: ignore[method-assign]

@@ -36,14 +36,14 @@ def hold(rank: int, world: int, model: Model, grid: Grid, folder: str) -> None:
     out = Path(folder) / grid.name
     out.mkdir(exist_ok=True)
     _record(chunks, grid, rank, out)
-    logits = _forward(chunks, model)
+    logits = forward(chunks, model)
     if logits is not None and ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank() == 0:
         np.save(out / "logits.npy", logits)
     distributed.barrier()
 
 
-def config(model: Model, grid: Grid) -> TransformerConfig:
-    """Megatron-Core's own description of the model."""
+def config(model: Model, grid: Grid, **more: Any) -> TransformerConfig:
+    """Megatron-Core's own description of the model; `more` are further options of it."""
     options: dict[str, Any] = {
         "num_layers": model.layers,
         "hidden_size": model.hidden,
@@ -80,7 +80,7 @@ def config(model: Model, grid: Grid) -> TransformerConfig:
         options["num_layers_in_first_pipeline_stage"] = grid.first_stage
     if model.experts is not None:
         options.update(_expert_options(model))
-    return TransformerConfig(**options)
+    return TransformerConfig(**{**options, **more})
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -98,12 +98,13 @@ def _expert_options(model: Model) -> dict[str, Any]:
         "moe_router_score_function": "sigmoid" if model.routed_with_bias else "softmax",
         "moe_router_enable_expert_bias": model.routed_with_bias,
         "moe_shared_expert_gate": model.routed_with_bias,
+        "moe_grouped_gemm": model.grouped,
         "moe_layer_freq": 1 if model.expert_layers is None else list(model.expert_layers),
     }
 
 
-def build(model: Model, grid: Grid) -> list[GPTModel]:
-    """This rank's model chunks, one unless the pipeline is interleaved."""
+def build(model: Model, grid: Grid, **options: Any) -> list[GPTModel]:
+    """This rank's model chunks, one unless the pipeline is interleaved; `options` of the config besides."""
     ps.initialize_model_parallel(
         grid.tp,
         grid.pp,
@@ -114,13 +115,18 @@ def build(model: Model, grid: Grid) -> list[GPTModel]:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     init_num_microbatches_calculator(distributed.get_rank(), None, 2 * grid.dp, 1, grid.dp)
-    settings = config(model, grid)
+    settings = config(model, grid, **options)
     return [_chunk(model, grid, settings, number) for number in range(grid.vpp)]
 
 
 def _chunk(model: Model, grid: Grid, settings: TransformerConfig, number: int) -> GPTModel:
     if model.expert_layers is None:
-        spec = get_gpt_layer_local_spec(num_experts=model.experts, qk_layernorm=model.qk_norm, normalization=model.norm)
+        spec = get_gpt_layer_local_spec(
+            num_experts=model.experts,
+            moe_grouped_gemm=model.grouped,
+            qk_layernorm=model.qk_norm,
+            normalization=model.norm,
+        )
     else:
         spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False)
     stage = {"ignore_virtual": False, "vp_stage": number} if grid.vpp > 1 else {}
@@ -173,8 +179,9 @@ def _load(chunks: list[GPTModel], checkpoint: Path) -> None:
         chunk.load_state_dict(loaded[f"model{number}"])
 
 
-def _record(chunks: list[GPTModel], grid: Grid, rank: int, out: Path) -> None:
-    here = {
+def place() -> dict[str, int]:
+    """This rank's index on each mesh axis but that of model chunks."""
+    return {
         "tp": ps.get_tensor_model_parallel_rank(),
         "pp": ps.get_pipeline_model_parallel_rank(),
         "dp": ps.get_data_parallel_rank(),
@@ -182,6 +189,10 @@ def _record(chunks: list[GPTModel], grid: Grid, rank: int, out: Path) -> None:
         "etp": ps.get_expert_tensor_parallel_rank(),
         "edp": ps.get_expert_data_parallel_rank(),
     }
+
+
+def _record(chunks: list[GPTModel], grid: Grid, rank: int, out: Path) -> None:
+    here = place()
     mine = []
     for number, chunk in enumerate(chunks):
         file = f"rank{rank}_{number}.safetensors"
@@ -194,7 +205,7 @@ def _record(chunks: list[GPTModel], grid: Grid, rank: int, out: Path) -> None:
         (out / "ranks.json").write_text(json.dumps([entry for listed in everyone for entry in listed]))
 
 
-def _forward(chunks: list[GPTModel], model: Model) -> np.ndarray | None:
+def forward(chunks: list[GPTModel], model: Model) -> np.ndarray | None:
     """Logits [batch, sequence, vocab] of the whole batch on the last stage; None elsewhere."""
     batch = torch.from_numpy(tokens(model))
     count, length = batch.shape

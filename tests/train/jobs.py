@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -91,8 +91,11 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def local_bytes(tensors: list[Tensor]) -> int:
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+def of_all(count: int) -> int:
+    """The sum over all ranks."""
+    total = torch.tensor(count)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 def resume(rank: int, world: int, source: Any, kind: str, layout: str, steps: int) -> dict[str, Any]:
@@ -114,8 +117,6 @@ def resume(rank: int, world: int, source: Any, kind: str, layout: str, steps: in
         for name, parameter in named.items()
         for state, value in optimizer.state.get(parameter, {}).items()
     }
-    persistent = [model.get_buffer(name) for name in model.state_dict() if name not in {**named, "head.weight": 0}]
-    needed = local_bytes([*named.values(), *(v for k, v in states.items() if "step/" not in k), *persistent])
     layouts = all(
         value.placements == named[key.partition("/")[2]].placements
         for key, value in states.items()
@@ -128,7 +129,7 @@ def resume(rank: int, world: int, source: Any, kind: str, layout: str, steps: in
         "sharded": sum(isinstance(value, DTensor) for value in (*named.values(), *states.values())),
         "layouts": layouts,
         "losses": losses,
-        "bytes": (report.bytes_read, store.bytes_read, needed),
+        "bytes": (of_all(store.bytes_read), report.bytes_of_job),
         "hyper": [(group["lr"], group["betas"], group["weight_decay"]) for group in optimizer.param_groups],
     }
 
@@ -238,7 +239,7 @@ def go_on_from_deepspeed(rank: int, world: int, url: str, case: Any, layout: str
     return {
         "state": {key: value.numpy() for key, value in state.items()},
         "buffers": {"drift": model.drift.numpy().copy(), "calls": model.calls.numpy().copy()},
-        "bytes": (report.bytes_read, store.bytes_read, local_bytes(tensors)),
+        "bytes": (of_all(store.bytes_read), report.bytes_of_job, sum(t.numel() * t.element_size() for t in tensors)),
         "hyper": [(group["lr"], group["weight_decay"], group["initial_lr"]) for group in optimizer.param_groups],
         "losses": [_clipped_step(model, optimizer, schedule, step, rank, world) for step in range(first, first + 3)],
     }
@@ -289,9 +290,46 @@ def checked(rank: int, world: int, source: Checkpoint, layout: str) -> tuple[int
     return report.bytes_read, report.bytes_checked, sum(c.length for c in source.catalog.checksums)
 
 
+def each_for_itself(
+    rank: int, world: int, source: Checkpoint, seen: Checkpoint | None
+) -> tuple[str, int, dict[str, Any]]:
+    """What a rank says of a source of which the last rank sees the copy `seen`; bytes from others, and what it holds.
+
+    All read all of it, and nobody hears of it what another one has read.
+    """
+    store = seen.store if seen is not None and rank == world - 1 else source.store
+    model = build("lm")
+    try:
+        report = ucp.load(model, replace(source, store=store), exchange=False, strict=False)
+    except ucp.UcpError as error:
+        return f"{type(error).__name__}: {error}", 0, {}
+    return "loaded", report.bytes_received, {name: one.detach().numpy() for name, one in model.named_parameters()}
+
+
 class _Failing(Counting):
     def read_into(self, path: str, offset: int, buffer: bytearray | memoryview) -> None:
         raise ucp.StorageError(f"{path}: the disk of this rank is gone")
+
+
+class _Unrestored:
+    """An object of the user's, which rank 1 cannot restore."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": 3}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if distributed.get_rank() == 1:
+            raise ValueError(f"no room for {state['count']}")
+
+
+def one_rank_cannot_restore(rank: int, world: int, url: str) -> str:
+    state = {"model": build("lm"), "counting": _Unrestored()}
+    ucp.save(state, url)
+    try:
+        ucp.load(state, url)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def one_rank_fails(rank: int, world: int, source: Checkpoint) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import ucp
-from tests.train.test_load import Net, adamw, assert_same_state, checkpoint, train_step, trained
+from tests.train.tied import Net, adamw, assert_same_state, checkpoint, train_step, trained
 from ucp.train.save import save
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]

@@ -72,6 +72,15 @@ def test_a_rank_may_hold_padding_only(tmp_path):
         assert optimizer.state[module.embed]["step"].item() == 3
 
 
+def test_a_rank_that_holds_nothing_of_a_tensor_without_dims_gets_zeros(tmp_path):
+    ckpt = Checkpoint(*make(str(tmp_path), {"a": {"value": torch.tensor(1.0)}, "b": {"value": torch.tensor(2.0)}}))
+    program = parse("format 1\nmesh pp\ns [(_ + 1 + 1)/pp] <-> a [], b []")
+    for rank, expected in enumerate([0.0, 1.0, 2.0]):
+        room = {"s": torch.full((1,), 77.0)}
+        ucp.load(room, ckpt, program=program, mesh={"pp": 3}, coordinate={"pp": rank})
+        assert room["s"].tolist() == [expected]
+
+
 @pytest.mark.parametrize("layout", ["w [a/tp, h] <-> w [a, h]", "w [h, a/tp] <-> w [a, h]"])
 def test_a_tensor_without_elements(tmp_path, layout):
     ckpt = Checkpoint(*make(str(tmp_path), {"w": {"value": torch.zeros(0, 3)}, "b": {"value": torch.arange(3.0)}}))

@@ -39,6 +39,7 @@ INNER_LAYOUT = {
     "partition_count",
     "param_slice_mappings",
     "zero_stage",
+    "ds_zero_partition_groups",
 }
 ENGINE = {
     "lr_scheduler",
@@ -50,6 +51,8 @@ ENGINE = {
     "dp_world_size",
     "mp_world_size",
     "checkpoint_parallel_dimensions",
+    "num_experts",
+    "ds_autoep_layers",
     "ds_config",
     "ds_version",
 }
@@ -112,7 +115,11 @@ def leaves(tree: Any) -> Iterator[TensorLeaf]:
 
 
 def _optims(ledger: Ledger) -> dict[str, Any]:
-    return {path: f.root["optimizer_state_dict"] for path, f in ledger.files.items() if "optim_states" in path}
+    return {
+        path: f.root["optimizer_state_dict"]
+        for path, f in ledger.files.items()
+        if "zero_pp_rank" in path and "optim_states" in path
+    }
 
 
 def _base_states(inner: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
@@ -131,7 +138,8 @@ def _mark_scalars(ledger: Ledger) -> None:
 
 
 def _model_optimizers(ledger: Ledger) -> list[Any]:
-    roots = [f.root for path, f in ledger.files.items() if "model_states" in path and "layer_" not in path]
+    plain = [path for path in ledger.files if "layer_" not in path and ("model_states" in path or "expp_rank" in path)]
+    roots = [ledger.files[path].root for path in plain]
     return [root["optimizer"] for root in roots if isinstance(root.get("optimizer"), dict)]
 
 
@@ -145,12 +153,17 @@ def _mark_padding(ledger: Ledger) -> None:
         masters = inner.get("single_partition_of_fp32_groups") or inner["fp32_flat_groups"]
         for g, master in enumerate(masters):
             named = model["param_shapes"] or inner["param_slice_mappings"]
-            shapes = [ledger.catalog.tensors[name].states["value"].shape for name in named[g]]
+            whole = ledger.catalog.tensors
+            shapes = [
+                tuple(told) if isinstance(told, tuple | list) else whole[name].states["value"].shape
+                for name, told in named[g].items()
+            ]
+            held, part = _partition(ledger, inner, g, rank)
             if "fp32_flat_groups" in inner:
-                owners = _owners_3(shapes, dp)[rank]
+                owners = _owners_3(shapes, held)[part]
             else:
                 gaps = (inner.get("param_alignment_paddings") or [[0] * len(shapes)] * len(masters))[g]
-                owners = _owners_12(shapes, gaps, dp)[rank]
+                owners = _owners_12(shapes, gaps, held)[part]
             for leaf in (master, *(v for v in states[g].values() if isinstance(v, TensorLeaf) and v.extent.shape)):
                 _mark_positions(ledger, leaf, owners < 0)
     for path, file in ledger.files.items():
@@ -158,6 +171,18 @@ def _mark_padding(ledger: Ledger) -> None:
             rank = int(path.partition("zero_pp_rank_")[2].partition("_")[0])
             _mark_positions(ledger, file.root["frozen_param_fragments"][name], _owners_3([shape], dp)[rank] < 0)
     _mark_module_padding(ledger, dp)
+
+
+def _partition(ledger: Ledger, inner: Mapping[str, Any], g: int, rank: int) -> tuple[int, int]:
+    """Over how many ranks a group is partitioned, and which part is the rank's; experts over some of the ranks."""
+    if "ds_zero_partition_groups" in inner:
+        told = inner["ds_zero_partition_groups"][g]
+        return told["partition_count"], told["partition_rank"]
+    dp = ledger.catalog.source.mesh["dp"]
+    counts = inner.get("partition_count", dp)
+    count = counts[g] if isinstance(counts, list) else counts
+    first = ledger.catalog.state["ds_config"].get("use_data_before_expert_parallelism")
+    return count, rank % count if first else rank // (dp // count)
 
 
 def _model_of(ledger: Ledger, optim: str) -> Any:
@@ -209,7 +234,8 @@ def _mark_module_padding(ledger: Ledger, dp: int) -> None:
     for path, file in ledger.files.items():
         if not isinstance(file.root, dict) or not file.root.get("param_shapes") or not file.root["module"]:
             continue
-        inner = next(iter(_optims(ledger).values()))
+        mp = path[path.rindex("mp_rank_") :][:10]
+        inner = next(held for name, held in _optims(ledger).items() if mp in name)
         gaps = inner.get("param_alignment_paddings")
         sizes = {}
         for g, group in enumerate(file.root["param_shapes"]):

@@ -24,9 +24,14 @@ def read_extent(root: Path, extent: Extent) -> np.ndarray:
     return np.ndarray(extent.shape, _BITS[extent.itemsize], raw.tobytes(), strides=strides).copy()
 
 
-def read_fragments(root: Path, spec: TensorSpec, fragments: Iterable[Fragment]) -> np.ndarray:
-    """The tensor's bits from all `fragments`; AssertionError if they do not hold every element exactly once."""
-    flat = np.zeros(spec.size, _BITS[itemsize(spec.dtype)])
+def read_fragments(
+    root: Path, spec: TensorSpec, fragments: Iterable[Fragment], *, over: np.ndarray | None = None
+) -> np.ndarray:
+    """The tensor's bits from all `fragments`, or those that they have in the place of the ones of `over`.
+
+    AssertionError if they do not hold every element exactly once; over others, any of them at most once.
+    """
+    flat = np.zeros(spec.size, _BITS[itemsize(spec.dtype)]) if over is None else over.reshape(-1).copy()
     seen = np.zeros(spec.size, bool)
     where = np.arange(spec.size).reshape(spec.shape)
     for fragment in fragments:
@@ -40,7 +45,7 @@ def read_fragments(root: Path, spec: TensorSpec, fragments: Iterable[Fragment]) 
         assert not seen[index].any(), f"{fragment} holds elements that another one holds"
         seen[index] = True
         flat[index] = values.reshape(-1)
-    assert seen.all(), f"elements {np.flatnonzero(~seen)[:5]} are nowhere"
+    assert over is not None or seen.all(), f"elements {np.flatnonzero(~seen)[:5]} are nowhere"
     return flat.reshape(spec.shape)
 
 
@@ -61,8 +66,9 @@ def _all_equal(root: Path, key: Key, spec: TensorSpec, fragments: tuple[Fragment
     Cover.of(key, spec, fragments)
     replicas = sorted({fragment.replica for fragment in fragments}) or [0]
     assert replicas[0] == 0
-    first, *others = (read_fragments(root, spec, [f for f in fragments if f.replica == r]) for r in replicas)
-    for other in others:
+    first = read_fragments(root, spec, [f for f in fragments if f.replica == 0])
+    for replica in replicas[1:]:
+        other = read_fragments(root, spec, [f for f in fragments if f.replica == replica], over=first)
         assert np.array_equal(first, other), f"{key}: replicas differ"
     return first
 

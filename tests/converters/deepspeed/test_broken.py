@@ -160,16 +160,16 @@ def test_tensor_parallelism_without_metadata_is_refused(tmp_path: Path) -> None:
         refused(root, FitError, "2 tensor-parallel ranks, and no universal_checkpoint_info")
 
 
-@pytest.mark.parametrize("entry", [{"num_experts": [4]}, {"ds_autoep_layers": [{"moe_layer_id": 0}]}])
-def test_experts_named_in_the_model_file_are_refused(tmp_path: Path, entry: dict) -> None:
-    write(FAKE.with_(model=entry), tmp_path)
-    refused(tmp_path, FitError, "mixture of experts")
+def test_experts_named_in_the_model_file_have_files(tmp_path: Path) -> None:
+    write(FAKE.with_(model={"num_experts": [0, 4]}), tmp_path)
+    refused(tmp_path, NotFoundError, "layer_1_expert_0_mp_rank_00_model_states.pt: missing")
 
 
-def test_experts_in_the_optimizer_are_refused(tmp_path: Path) -> None:
-    groups = [{"lr": 0.1, "params": [0]}, {"lr": 0.1, "params": [1], "moe": True}]
-    write(FAKE.with_(optim={"base_optimizer_state": {"state": {}, "param_groups": groups}}), tmp_path)
-    refused(tmp_path, FitError, "mixture of experts")
+def test_experts_whose_names_do_not_tell_their_numbers_are_refused(tmp_path: Path) -> None:
+    groups = [{"lr": 0.1, "params": [0]}, {"lr": 0.1, "params": [1], "moe": True, "name": "ep_size_3"}]
+    base = {"base_optimizer_state": {"state": {}, "param_groups": groups}, "partition_count": [3, 1]}
+    write(FAKE.with_(optim=base), tmp_path)
+    refused(tmp_path, FitError, "experts spread over 3 ranks")
 
 
 def test_an_unknown_optimizer(tmp_path: Path) -> None:

@@ -3,76 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.deepspeed_job import job_environment
+from tests.converters.deepspeed.cut_arrays import (
+    SUBS,
+    Array,
+    affine,
+    affine_info,
+    check,
+    cut,
+    cut_parts,
+    joined,
+    sub,
+    taken,
+    text,
+    translation,
+    whole,
+)
 from ucp.converters._deepspeed.affine import from_affine
 from ucp.converters._deepspeed.cuts import Along, Whole, fused
-from ucp.converters._deepspeed.info import Parameter, read_info
-from ucp.converters._deepspeed.tensor_parallel import translated
-from ucp.converters._deepspeed.translate import Translation
 from ucp.errors import ConflictError, ContentError, CorruptError, FitError, UcpError
 from ucp.lang import format_program, parse
-from ucp.lang.arrays import at, gather
-from ucp.layout import Mesh
-
-Array = np.ndarray[Any, Any]
-Shards = Mapping[str, Sequence[Array]]
-
-
-def whole(*shape: int) -> Array:
-    return np.arange(1, 1 + int(np.prod(shape)), dtype=np.float32).reshape(shape)
-
-
-def cut(full: Array, dim: int, tp: int = 2) -> list[Array]:
-    return list(np.split(full, tp, dim))
-
-
-def cut_parts(full: Array, dim: int, parts: Sequence[Sequence[int]]) -> list[Array]:
-    """Parts one after the other along `dim`, each cut to these widths over ranks."""
-    pieces = np.split(full, np.cumsum([sum(widths) for widths in parts])[:-1], dim)
-    each = [np.split(piece, np.cumsum(w)[:-1], dim) for piece, w in zip(pieces, parts, strict=True)]
-    return [np.concatenate([part[rank] for part in each], dim) for rank in range(len(parts[0]))]
-
-
-def translation(info: Mapping[str, Any], shards: Shards, kinds: Mapping[str, Any] | None = None) -> Translation:
-    known = kinds or {}
-    parameters = [
-        Parameter(name, known.get(name, "parameter"), tuple(part.shape for part in parts))
-        for name, parts in shards.items()
-    ]
-    return translated(read_info(dict(info), "info"), parameters)[0]
-
-
-def joined(info: Mapping[str, Any], shards: Shards, kinds: Mapping[str, Any] | None = None) -> dict[str, Array]:
-    made = translation(info, shards, kinds)
-    ranks = len(next(iter(shards.values())))
-    held = {at(tp=rank): {name: parts[rank] for name, parts in shards.items()} for rank in range(ranks)}
-    return gather(made.program, held, mesh=Mesh({"tp": ranks}), cuts=made.cuts, placements=made.placements)
-
-
-def text(info: Mapping[str, Any], shards: Shards) -> str:
-    return format_program(translation(info, shards).program)
-
-
-def check(info: Mapping[str, Any], shards: Shards, expected: Mapping[str, Array]) -> None:
-    found = joined(info, shards)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name].reshape(-1), value.reshape(-1), name)
-        assert found[name].shape == value.shape, name
-
 
 MEGATRON = {
     "universal_checkpoint_version": 0.2,
@@ -152,13 +109,6 @@ def test_a_pattern_of_numbers_matches_no_other_name() -> None:
     assert "{" not in text(info, shards)
 
 
-SUBS = "parameter_with_sub_params"
-
-
-def sub(shape: Sequence[Any], dim: int, name: str = "w") -> dict[str, Any]:
-    return {"patterns": [name], "shape": shape, "partition_dim": dim}
-
-
 @pytest.mark.parametrize("version", [0.2, 0.3, 0.4])
 @pytest.mark.parametrize("rank_dims", [2, 3])
 def test_experts_fused_in_one_tensor_and_cut_inside(version: float, rank_dims: int) -> None:
@@ -227,38 +177,6 @@ def test_replicas_that_differ_are_a_conflict() -> None:
         joined({"tp_replicated_parameter_patterns": ["n"]}, {"n": [whole(3), whole(3) + 1]})
 
 
-# AutoTP's maps.
-
-
-def piece(
-    full: Sequence[int], shard: Sequence[int], dim: int, run: tuple[int, int], place: int, **more: Any
-) -> dict[str, Any]:
-    strides, steps = (np.cumprod([1, *shape[:0:-1]])[::-1].tolist() for shape in (full, shard))
-    shape = [*full]
-    shape[dim] = run[1]
-    source, dest = [run[0] * strides[dim], strides], [place * steps[dim], steps]
-    return {"shape": shape, "source": source, "dest": dest, "locations": [0], **more}
-
-
-def affine(full: Sequence[int], dim: int, runs: Sequence[Sequence[tuple[int, int]]], **more: Any) -> dict[str, Any]:
-    ranks = {}
-    for rank, held in enumerate(runs):
-        shard = [*full]
-        shard[dim] = sum(length for _, length in held)
-        places = np.cumsum([0, *(length for _, length in held)]).tolist()
-        pieces = [piece(full, shard, dim, run, at, **more) for run, at in zip(held, places, strict=False)]
-        ranks[rank] = {"shard_shape": shard, "pieces": pieces}
-    return {"logical_shape": [*full], "ranks": ranks}
-
-
-def affine_info(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {"universal_checkpoint_version": 0.4, "affine_map": {"version": 1, "params": {r"^w$": entry}}}
-
-
-def taken(full: Array, dim: int, runs: Sequence[Sequence[tuple[int, int]]]) -> list[Array]:
-    return [np.take(full, [i for start, n in held for i in range(start, start + n)], dim) for held in runs]
-
-
 @pytest.mark.parametrize(
     "runs",
     [
@@ -320,6 +238,7 @@ def test_any_parts_of_any_widths(case: tuple[int, list[list[int]]], other: int) 
 
 
 # What is refused, each with what to do.
+
 
 VERSION = "universal_checkpoint_version"
 
@@ -422,71 +341,3 @@ def test_cuts_know_their_shape() -> None:
     assert fused(0, [[4, 4], [2, 2]]).unit == 2
     assert Along(0, 4, (((0, 2),), ((2, 2),))).boundaries == (0, 2, 4)
     assert Along(0, 4, (((2, 2),), ((0, 2),))).boundaries is None
-
-
-MERGE = """
-import sys, torch
-from pathlib import Path
-from deepspeed.checkpoint.ds_to_universal import merge_tp_slices
-root, merged = Path(sys.argv[1]), []
-for number, (info, shapes) in enumerate(torch.load(root / "asked.pt", weights_only=False)):
-    folder = root / str(number)
-    merge_tp_slices(info, str(folder / "out"), str(folder / "slices"), len(shapes), ("w", shapes))
-    merged.append(torch.load(folder / "out" / "w" / "exp_avg.pt", weights_only=False)["param"])
-torch.save(merged, root / "merged.pt")
-"""
-
-MERGED: list[tuple[Mapping[str, Any], list[Array]]] = [
-    ({}, cut(whole(4, 3), 0)),
-    ({"tp_replicated_parameter_patterns": ["w"]}, [whole(4, 3), whole(4, 3)]),
-    ({"parameter_to_average_patterns": ["w"]}, [whole(4, 3), 3 * whole(4, 3)]),
-    ({"parameter_with_row_parallelism_patterns": ["w"]}, cut(whole(4, 6), 1)),
-    ({"parameter_with_2_sub_params_cat_dim_0": ["w"]}, cut_parts(whole(12, 2), 0, [[3, 3], [3, 3]])),
-    ({"vocabulary_parameter_patterns": ["w"], "original_vocab_size": 5}, cut(whole(8, 3), 0)),
-    (
-        {
-            "vocabulary_parameter_patterns": ["w"],
-            "original_vocab_size": 5,
-            "parameter_with_row_parallelism_patterns": ["w"],
-        },
-        cut(whole(8, 4), 1),
-    ),
-    (
-        {"universal_checkpoint_version": 0.2, SUBS: [sub(((8, 4, 4), 3), 0)]},
-        cut_parts(whole(16, 3), 0, [[4, 4], [2, 2], [2, 2]]),
-    ),
-    ({"universal_checkpoint_version": 0.3, SUBS: [sub((3, -1), 0)]}, cut_parts(whole(12, 3), 0, [[2, 2]] * 3)),
-    (
-        {
-            "universal_checkpoint_version": 0.4,
-            SUBS: [sub(((5, 3, 3), -1), 0)],
-            "sub_param_shard_widths": {"w": [[3, 2], [2, 1], [2, 1]]},
-        },
-        cut_parts(whole(11, 4), 0, [[3, 2], [2, 1], [2, 1]]),
-    ),
-    (
-        affine_info(affine((4, 6), 1, [[(0, 1), (3, 2)], [(1, 2), (5, 1)]])),
-        taken(whole(4, 6), 1, [[(0, 1), (3, 2)], [(1, 2), (5, 1)]]),
-    ),
-    (
-        affine_info(affine((5, 3), 0, [[(0, 2), (4, 1)], [(2, 2), (4, 1)]])),
-        taken(whole(5, 3), 0, [[(0, 2), (4, 1)], [(2, 2), (4, 1)]]),
-    ),
-]
-
-
-@pytest.mark.slow
-def test_it_is_what_deepspeeds_own_merge_makes(tmp_path: Path) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed; the merge is its own (pip install deepspeed)")
-    for number, (_, parts) in enumerate(MERGED):
-        for rank, part in enumerate(parts):
-            folder = tmp_path / str(number) / "slices" / "w" / str(rank)
-            folder.mkdir(parents=True)
-            for state in ("fp32", "exp_avg", "exp_avg_sq"):
-                torch.save(torch.from_numpy(part.reshape(-1).copy()), folder / f"{state}.00")
-    torch.save([(dict(info), [part.shape for part in parts]) for info, parts in MERGED], tmp_path / "asked.pt")
-    command = [sys.executable, "-c", MERGE, str(tmp_path)]
-    subprocess.run(command, env=job_environment(), check=True, capture_output=True, timeout=120)
-    for (info, parts), merged in zip(MERGED, torch.load(tmp_path / "merged.pt"), strict=True):
-        np.testing.assert_array_equal(joined(info, {"w": parts})["w"], merged.numpy(), str(info))

@@ -108,13 +108,13 @@ def test_weights_alone_need_no_groups():
     assert found.step is None
 
 
-@pytest.mark.parametrize("name", ["", "/a", "a//b", "a/../b", "..", ".", "a/.", "a\0b", "x" * 256, "é" * 128])
+@pytest.mark.parametrize("name", ["", "/a", "a//b", "a/../b", "..", ".", "a/.", "a\0b", "a\\b", "x" * 256, "é" * 128])
 def test_names_that_are_no_folder_are_refused(name):
     with pytest.raises(FitError, match="DeepSpeed makes a folder of a parameter's name"):
         check_name(name)
 
 
-@pytest.mark.parametrize("name", ["a.b.c", "a/b", "...", "a b", "a\\b", "é" * 127, "x" * 255])
+@pytest.mark.parametrize("name", ["a.b.c", "a/b", "...", "a b", "é" * 127, "x" * 255])
 def test_odd_names_are_folders(name):
     check_name(name)
 

@@ -245,3 +245,10 @@ def test_latest_universal_leads_nowhere_else(made: Made, text: str) -> None:
     made.out.put("latest_universal", text.encode())
     with pytest.raises(UsageError, match="is not a tag"):
         CONVERTER.read(made.out)
+
+
+def test_a_loss_scale_that_no_deepspeed_saved_is_told(made: Made) -> None:
+    made.adam("w", 3)
+    told = CONVERTER.target(made.catalog(state={"loss_scale": {"scale": 1024.0}}), made.store).notes
+    assert any("loss scale 1024.0" in note and "initial_scale_power" in note for note in told)
+    assert not any("loss scale" in note for note in CONVERTER.target(made.catalog(), made.store).notes)

@@ -84,6 +84,10 @@ CASES = {
         in_memory=True,
     ),
     "mixtral": Case("hf_mixtral", "MixtralForCausalLM", {**MOE, "num_local_experts": 4}, in_memory=True),
+    "phi3": Case("hf_phi3", "Phi3ForCausalLM", {**SQUARE, "pad_token_id": 0}, plan=False),
+    "phi3-tied": Case(
+        "hf_phi3", "Phi3ForCausalLM", {**SQUARE, "pad_token_id": 0, "tie_word_embeddings": True}, plan=False
+    ),
     "gpt2": Case("hf_gpt2", "GPT2LMHeadModel", GPT2, plan=False),
     "gpt2-untied": Case(
         "hf_gpt2", "GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 20}, plan=False

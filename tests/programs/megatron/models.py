@@ -23,6 +23,9 @@ MIXTRAL = Model("mixtral", experts=4)
 MIXED = Model("mixed", experts=4, ffn_shared=28, routed_with_bias=True, expert_layers=(0, 1, 1, 1))
 """A dense layer before those with experts, an expert that all tokens share, and a router with biases."""
 
+BIASED = Model("biased", experts=4, bias=True)
+"""Experts with biases."""
+
 UNEVEN = Grid(pp=2, first_stage=1)
 """One layer in the first stage, three in the second."""
 
@@ -39,6 +42,7 @@ GRIDS: dict[Model, tuple[Grid, ...]] = {
         Grid(tp=2, dp=2, ep=2, etp=2),
     ),
     MIXED: (Grid(ep=2, dp=2), Grid(tp=2, etp=2)),
+    BIASED: (Grid(ep=2, dp=2),),
 }
 CASES = [(model, grid) for model, grids in GRIDS.items() for grid in grids]
 NAMES = [f"{model.name}-{grid.name}" for model, grid in CASES]

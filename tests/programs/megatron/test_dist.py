@@ -9,13 +9,25 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from tests.programs.megatron.models import GPT, LLAMA, MIXED, MIXTRAL, QWEN2, QWEN3, assert_same, flags, logical, sizes
+from tests.programs.megatron.models import (
+    BIASED,
+    GPT,
+    LLAMA,
+    MIXED,
+    MIXTRAL,
+    QWEN2,
+    QWEN3,
+    assert_same,
+    flags,
+    logical,
+    sizes,
+)
 from tests.support.megatron import ONE, Family, Model
 from ucp.lang import load_program
 from ucp.lang.arrays import at, gather, scatter
 from ucp.layout import Mesh
 
-MODELS = (LLAMA, GPT, QWEN2, QWEN3, MIXTRAL, MIXED)
+MODELS = (LLAMA, GPT, QWEN2, QWEN3, MIXTRAL, MIXED, BIASED)
 each_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 
 

@@ -11,9 +11,7 @@ from torch.nn import functional
 
 from tests.support.engine import Job, engine_config
 from tests.support.model import GLOBAL_BATCH, batch
-from tests.support.tp.case import TpCase
-
-HIDDEN, INNER, HEADS, LAYERS = 48, 74, 6, 2
+from tests.support.tp.case import HEADS, HIDDEN, INNER, LAYERS, TpCase
 
 
 def build_model(case: TpCase) -> torch.nn.Module:

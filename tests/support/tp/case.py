@@ -14,6 +14,9 @@ Launcher = Literal["autotp", "megatron"]
 VOCAB = 70
 """Tokens of the Megatron-style model; its embedding has more rows."""
 
+HIDDEN, INNER, HEADS, LAYERS = 48, 74, 6, 2
+"""Of AutoTP's models."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TpCase:

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucp.converters._deepspeed.infer import deal
+from ucp.converters._numbered.infer import deal
 
 
 def all_ways(candidates: list[int], groups: list[list[int]]) -> list[tuple[tuple[int, ...], ...]]:

@@ -1,0 +1,1 @@
+"""Hugging Face folders and plain safetensors files, both ways."""

@@ -1,0 +1,36 @@
+"""Run Megatron-Core jobs that save and load with us: ``python -m tests.train.megatron.job -``, jobs as JSON on stdin.
+
+Megatron-Core is imported once and every job's ranks are forked from that process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from tests.converters.megatron.write_support import as_job
+from tests.support.gloo import spawn
+
+RUN_LIMIT = 180.0
+"""Seconds one job may take before its ranks are killed."""
+
+
+def main() -> None:
+    """Run the jobs in order; those that save do so in the ways in which others load."""
+    request = json.load(sys.stdin)
+    jobs = [as_job(listed) for listed in request["jobs"]]
+    # Imported before any rank is forked, so that ranks start with everything loaded.
+    from tests.support import megatron_cpu
+
+    megatron_cpu.patch()
+    megatron_cpu.patch_optimizers()
+    from tests.converters.megatron import write_training
+    from tests.train.megatron import ranks
+
+    write_training.patch()
+    for job in jobs:
+        spawn(ranks.run, job.grid.world, job, request["ways"], timeout=RUN_LIMIT, method="fork")
+
+
+if __name__ == "__main__":
+    main()
