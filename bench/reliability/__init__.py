@@ -1,0 +1,1 @@
+"""What is promised of checkpoints, tried: every figure of docs/reliability.md comes from here."""
