@@ -14,12 +14,13 @@ from typing import Any
 from ucp.catalog import Catalog
 from ucp.checkpoint import Checkpoint, open_checkpoint
 from ucp.elastic import groups
+from ucp.elastic.fence import check_not_given_up
 from ucp.elastic.meeting import Meeting
 from ucp.elastic.nearby import NodesTier
 from ucp.elastic.nodes import join
 from ucp.elastic.options import Local, Memory
 from ucp.elastic.places import lies_as_saved
-from ucp.elastic.records import Past, Records
+from ucp.elastic.records import Past, Records, Start
 from ucp.elastic.stored import Stored, look
 from ucp.elastic.timeline import Beat, Reached, last_start, reached
 from ucp.elastic.versions import Shown, Version, versions_of
@@ -71,11 +72,14 @@ class Holdings:
         beats: Sequence[Beat] = (),
     ) -> None:
         self._url, self._meeting, self.manager = url, meeting, manager
-        self._channel, self._records = Channel(), Records(url)
+        self._channel, self.records = Channel(), Records(url)
         self.nodes = _joined(job, min(_LONGEST, meeting.timeout), {"memory": memory, "local": local})
         self.places: list[str] = self._share(lambda: meeting.world.node)
         shown = self._shown()
-        self.run, stored, self._past = self._share(lambda: self._stored() if meeting.world.rank == 0 else None)[0]
+        known = [beat.epoch for beat in beats]
+        known += [epoch for ones in shown.values() for one in ones for epoch in one.epochs]
+        told = self._share(lambda: self._stored(known, beats) if meeting.world.rank == 0 else None)[0]
+        self.run, self.start, self._past, stored = told
         versions = [
             version
             for tier in self.nodes
@@ -95,13 +99,15 @@ class Holdings:
         """Those of the last start of this run."""
         self.reached = self._reached(shown, versions)
         """How far the job had come before this start."""
-        known = [self._past.epoch, *(beat.epoch for beat in beats)]
-        known += [epoch for ones in shown.values() for one in ones for epoch in one.epochs]
-        self.epoch: int = max(known) + 1  # one that no other run's folder has, either
         self._begun = False
         self._promised: float | None = None
         self._ranks: Ranks | None = None
         self._looked: dict[str, Stored | Exception] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Number of this start, which no folder of another run has, either."""
+        return self.start.epoch
 
     def _shown(self) -> dict[str, list[Shown]]:
         """What the nodes hold, by tier."""
@@ -222,12 +228,12 @@ class Holdings:
 
     def record(self, doc: Mapping[str, Any]) -> None:
         """Put the account of this start beside the checkpoints."""
-        self._records.account(self.epoch, doc)
+        self.records.account(self.epoch, doc)
 
     def forget(self) -> None:
         """On rank 0: say in storage no longer that nodes hold anything."""
         if self.nodes:
-            self._records.forget()
+            self.records.forget()
 
     def close(self, *, remove: bool) -> None:
         """Give up the tiers beside storage, and `remove` what they hold."""
@@ -328,7 +334,7 @@ class Holdings:
 
     def _put_promise(self, step: int, nodes: Sequence[str]) -> None:
         with suppress(UcpError):
-            self._records.promise(self.epoch, nodes, step)
+            self.records.promise(self.epoch, nodes, step)
 
     def _broken_promise(self) -> list[str]:
         """What earlier starts said that nodes hold."""
@@ -337,10 +343,18 @@ class Holdings:
         gone = ", ".join(one if one in self.places else f"{one} (is not here)" for one in self._past.nodes)
         return [f"  versions that nodes held in memory or on their disks, of which none is left: {gone}"]
 
-    def _stored(self) -> tuple[str, list[Version], Past]:
-        """The identity of the run, the versions in storage, and what is told there."""
+    def _stored(self, known: Sequence[int], beats: Sequence[Beat]) -> tuple[str, Start, Past, list[Version]]:
+        """The identity of the run, the number of this start, what storage tells of others, and the versions there.
+
+        `known` are numbers that nodes have from other starts, of whatever run.
+        """
+        run, past = self.records.identity(), self.records.past()
+        own = [beat for beat in beats if beat.run in ("", run)]
+        check_not_given_up(self._url, last_start(own), self.records.newest(), past, self.places)
+        start = self.records.begin(max([past.epoch, *known]) + 1, self.places)
+        # Not earlier: another start that is still at work somewhere saves no more once it sees this one.
         saved = [Version(one.step, 0, "storage", one.url) for one in self.manager.saved]
-        return self._records.identity(), saved, self._records.past()
+        return run, start, past, saved
 
     def _share(self, work: Any) -> list[Any]:
         """What `work` gives on each rank, by rank; what it raises on one, all raise."""

@@ -21,9 +21,11 @@ class Lasting:
         self.manager = manager
         self._last: SaveHandle | None = None
 
-    def step(self, step: int, state: Any, metrics: Mapping[str, Any] | None) -> None:
-        """Save what is due. Collective."""
-        self._last = self.manager.step(step, state, metrics=metrics) or self._last
+    def step(self, step: int, state: Any, metrics: Mapping[str, Any] | None) -> bool:
+        """Save what is due, and tell whether anything was. Collective."""
+        begun = self.manager.step(step, state, metrics=metrics)
+        self._last = begun or self._last
+        return begun is not None
 
     def save(self, step: int, state: Any, metrics: Mapping[str, Any] | None) -> SaveHandle:
         """Save `step`, unless it is saved already: its metrics are those given now, if any. Collective."""

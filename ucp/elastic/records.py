@@ -1,7 +1,8 @@
 """What a run puts beside its checkpoints, in their folder ``elastic``: an account of each start, and what nodes hold.
 
 ``run.json`` tells this run from others that had the same URL, or job, before: who deletes the folder of a run begins
-another one. ``timeline-00007.json`` is the account of epoch 7. ``epoch-00007.json`` is there while nodes hold versions
+another one. ``start-00007.json`` says that epoch 7 is that of one start alone, on which nodes it is, and when it was
+last alive. ``timeline-00007.json`` is the account of epoch 7. ``epoch-00007.json`` is there while nodes hold versions
 of its; it says which nodes, and how far the job had come: should all of them be lost, the run is not taken for a new
 one.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ucp.errors import ConflictError, CorruptError, NotFoundError
@@ -23,6 +25,7 @@ from ucp.store import Store, open_store
 FOLDER = "elastic"
 IDENTITY = "run.json"
 
+_START = re.compile(r"start-(\d{5,})\.json")
 _ACCOUNT = re.compile(r"timeline-(\d{5,})\.json")
 _PROMISE = re.compile(r"epoch-(\d{5,})\.json")
 
@@ -39,6 +42,15 @@ class Past:
     steps: tuple[tuple[int, int], ...] = ()
     ended: int | None = None
     nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A start of the job: its number, its nodes, and when it was last `alive`, in seconds since 1970 by its clock."""
+
+    epoch: int = 0
+    nodes: tuple[str, ...] = ()
+    alive: float = 0.0
 
 
 class Records:
@@ -81,6 +93,26 @@ class Records:
             named if promise else (),
         )
 
+    def newest(self) -> Start:
+        """The last start that is told of."""
+        epoch = _last(_START, self._store.children())
+        told = self._read(_start(epoch))
+        nodes, alive = told.get("nodes"), told.get("alive")
+        named = tuple(map(str, nodes)) if isinstance(nodes, list) else ("unknown",)
+        return Start(epoch, named if epoch else (), float(alive) if isinstance(alive, int | float) else 0.0)
+
+    def begin(self, epoch: int, nodes: Sequence[str]) -> Start:
+        """Number this start, on `nodes`: with `epoch`, or the next one that no other start has or had."""
+        while True:
+            start = Start(max(epoch, self.newest().epoch + 1), tuple(sorted(set(nodes))), time.time())
+            with suppress(ConflictError):  # another start was quicker
+                self._store.put(_start(start.epoch), _told(start), if_absent=True)
+                return start
+
+    def alive(self, start: Start) -> None:
+        """Say that `start` is alive now."""
+        self._store.put(_start(start.epoch), _told(replace(start, alive=time.time())))
+
     def account(self, epoch: int, doc: Mapping[str, Any]) -> None:
         """Put the account of a start: an object of its own, as object stores only replace."""
         self._store.put(f"timeline-{epoch:05}.json", json.dumps(doc, indent=1).encode())
@@ -114,6 +146,15 @@ def run_of(data: bytes) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
     return found if isinstance(found, str) else ""
+
+
+def _start(epoch: int) -> str:
+    return f"start-{epoch:05}.json"
+
+
+def _told(start: Start) -> bytes:
+    doc = {"format": "start", "version": 1, "nodes": list(start.nodes), "alive": start.alive}
+    return json.dumps(doc).encode()
 
 
 def _last(pattern: re.Pattern[str], names: Sequence[str]) -> int:

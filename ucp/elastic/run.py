@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from torch import distributed
 from ucp.elastic import checks, groups
 from ucp.elastic.batch import Batch, seat
 from ucp.elastic.ending import Mortal, leave_with, told
+from ucp.elastic.fence import Fence
 from ucp.elastic.fits import Choice, Needs, choose
 from ucp.elastic.holdings import Holdings
 from ucp.elastic.lasting import Lasting
@@ -108,6 +110,7 @@ class Run:
         self._watch: Watch | None = None
         self._pulse: Pulse | None = None
         self._sole: Sole | None = None
+        self._fence: Fence | None = None
         self._recovered: Any = None
         self._stepped, self._folder, self._over = False, "", False
         self._until: int | None = None
@@ -234,13 +237,15 @@ class Run:
             )
         if not self._stepped:
             self._check_state(state, stepped=True)
+        self._check_last_started()
         self.done = step
         if self._pulse is not None:
             self._pulse.done(step)
         if not self._stepped:
             self._first_step()
         self._holdings.save(step, state, mesh=self.mesh)
-        self._lasting.step(step, state, metrics)
+        if self._lasting.step(step, state, metrics) and self._fence is not None:
+            self._fence.hurry()
         if step == self._until:
             self._lasting.end(step, state, metrics)
 
@@ -293,6 +298,8 @@ class Run:
             groups.tell_size(self.mesh.size)
         held, place = self._holdings, {"rank": world.rank, "size": world.size}
         self._pulse = Pulse(self._folder, epoch=self.epoch, **place, before=held.reached, run=held.run)
+        if world.rank == 0:
+            self._fence = Fence(self.url, held.records, held.start)
         if world.local_rank == 0:
             forget(self._folder, before=self.epoch)  # not earlier: what is lost now is known by nobody else
         self._timeline.agreed = time.time()
@@ -363,8 +370,19 @@ class Run:
         ranks = lambda: self.seat[1]  # noqa: E731  asked only where there are engines
         checks.check_state(state, batch=self.batch, mesh=self.mesh, ranks=ranks, stepped=stepped)
 
+    def _check_last_started(self) -> None:
+        """On rank 0: ConflictError if the job was started again elsewhere."""
+        if self._fence is not None and self._fence.later is not None and self._pulse is not None:
+            self._pulse.lost_to(self._fence.later.epoch)
+            self._fence.check()
+
     def _finish(self) -> None:
         """Wait for what is under way, and for the others; then tidy up."""
+        if self._fence is not None:
+            with suppress(UcpError):
+                self._fence.look()
+            self._check_last_started()
+            self._fence.end(wait=True)
         if self.active:
             self._holdings.settle()
             self.manager.close()
@@ -415,6 +433,8 @@ class Run:
         self.manager.__exit__(type(error), error, error.__traceback__)
         if self._watch is not None:
             self._watch.end(wait=False)
+        if self._fence is not None:
+            self._fence.end(wait=False)
         if self._pulse is not None:
             self._pulse.close(remove=False)
         if world.alone:

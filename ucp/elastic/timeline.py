@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 _FOLDERS = 4
@@ -37,7 +37,8 @@ class Beat:
     """What a rank of `size` in `epoch` left: when it was last alive, when it heard the rank after it, its last step.
 
     `step` is `sure` unless it is what that start itself knew no better of the one before it (`Reached`). `run` is the
-    identity of the run, empty where that is not told.
+    identity of the run, empty where that is not told. `lost_to` is the epoch of a start elsewhere to which that start
+    had to leave the job, 0 if there was none (`ucp.elastic.fence`).
     """
 
     epoch: int
@@ -48,6 +49,7 @@ class Beat:
     step: int
     sure: bool = True
     run: str = ""
+    lost_to: int = 0
 
     @classmethod
     def of(cls, doc: Mapping[str, Any]) -> Beat:
@@ -62,14 +64,13 @@ class Beat:
             step,
             doc["sure"] is True,
             str(doc.get("run", "")),
+            int(doc.get("lost_to", 0)),
         )
 
     @property
     def doc(self) -> dict[str, float | str]:
         """As it travels."""
-        return {
-            name: getattr(self, name) for name in ("epoch", "rank", "size", "alive", "heard", "step", "sure", "run")
-        }
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Pulse:
     ) -> None:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         self._path = os.path.join(folder, f"e{epoch:05}-{rank:05}")
-        self._place = {"epoch": epoch, "rank": rank, "size": size, "run": run}
+        self._place: dict[str, int | str] = {"epoch": epoch, "rank": rank, "size": size, "run": run}
         self._reached, self._heard = before, 0.0
         self._turn = threading.Lock()
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -122,6 +123,11 @@ class Pulse:
     def done(self, step: int) -> None:
         """The optimizer step is done."""
         self._reached = Reached(step)
+        self._write()
+
+    def lost_to(self, epoch: int) -> None:
+        """The job has to be left to the start `epoch`, which is elsewhere."""
+        self._place["lost_to"] = epoch
         self._write()
 
     def close(self, *, remove: bool) -> None:
