@@ -26,7 +26,7 @@ def records_of(tmp_path):
 
 def is_fenced(run):
     deadline = time.monotonic() + PATIENCE
-    while run._fence.later is None:
+    while run._life._fence.later is None:
         assert time.monotonic() < deadline, "it does not look"
         time.sleep(0.01)
 

@@ -53,6 +53,16 @@ class Recovered:
     report: LoadReport | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What storage has: the identity of the run, this start, what earlier ones told, and versions."""
+
+    run: str
+    start: Start
+    past: Past
+    versions: Sequence[Version]
+
+
 class Holdings:
     """The tiers of a run, nearest first. Making one is collective over all ranks, spares too.
 
@@ -78,14 +88,14 @@ class Holdings:
         shown = self._shown()
         known = [beat.epoch for beat in beats]
         known += [epoch for ones in shown.values() for one in ones for epoch in one.epochs]
-        told = self._share(lambda: self._stored(known, beats) if meeting.world.rank == 0 else None)[0]
-        self.run, self.start, self._past, stored = told
+        told: Stock = self._share(lambda: self._stored(known, beats) if meeting.world.rank == 0 else None)[0]
+        self.run, self.start, self._past = told.run, told.start, told.past
         versions = [
             version
             for tier in self.nodes
             for version in versions_of(shown[tier.name], tier=tier.name, url=tier.store.url, run=self.run)
         ]
-        versions = sorted([*versions, *stored], key=lambda one: one.order, reverse=True)
+        versions = sorted([*versions, *told.versions], key=lambda one: one.order, reverse=True)
         self._candidates = [one for one in versions if one.complete]
         self._left = [(one, one.why) for one in versions if not one.complete]
         self._placed = {
@@ -226,10 +236,6 @@ class Holdings:
         for tier in self.nodes:
             tier.settle()
 
-    def record(self, doc: Mapping[str, Any]) -> None:
-        """Put the account of this start beside the checkpoints."""
-        self.records.account(self.epoch, doc)
-
     def forget(self) -> None:
         """On rank 0: say in storage no longer that nodes hold anything."""
         if self.nodes:
@@ -343,18 +349,14 @@ class Holdings:
         gone = ", ".join(one if one in self.places else f"{one} (is not here)" for one in self._past.nodes)
         return [f"  versions that nodes held in memory or on their disks, of which none is left: {gone}"]
 
-    def _stored(self, known: Sequence[int], beats: Sequence[Beat]) -> tuple[str, Start, Past, list[Version]]:
-        """The identity of the run, the number of this start, what storage tells of others, and the versions there.
-
-        `known` are numbers that nodes have from other starts, of whatever run.
-        """
+    def _stored(self, known: Sequence[int], beats: Sequence[Beat]) -> Stock:
+        """Begin this start in storage; `known` are numbers that nodes have from other starts, of whatever run."""
         run, past = self.records.identity(), self.records.past()
         own = [beat for beat in beats if beat.run in ("", run)]
         check_not_given_up(self._url, last_start(own), self.records.newest(), past, self.places)
         start = self.records.begin(max([past.epoch, *known]) + 1, self.places)
         # Not earlier: another start that is still at work somewhere saves no more once it sees this one.
-        saved = [Version(one.step, 0, "storage", one.url) for one in self.manager.saved]
-        return run, start, past, saved
+        return Stock(run, start, past, [Version(one.step, 0, "storage", one.url) for one in self.manager.saved])
 
     def _share(self, work: Any) -> list[Any]:
         """What `work` gives on each rank, by rank; what it raises on one, all raise."""

@@ -62,6 +62,15 @@ def _check(name: str, every: int, copies: int, busy: str) -> None:
         raise UsageError(f"{name}(every={every}, copies={copies}): both must be at least 1")
 
 
+def told_of(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a rank was given, as it travels; without folders, which may be other ones on other nodes."""
+    return {name: None if one is None else _told(one) for name, one in asked.items()}
+
+
+def _told(one: Any) -> str:
+    return f"every={one.every}, copies={one.copies}, busy={one.busy}" if isinstance(one, Memory | Local) else str(one)
+
+
 def check_alike(asked: Sequence[Mapping[str, Any]]) -> None:
     """UsageError unless all ranks, by number, were given the same: else they would wait for each other in vain."""
     for rank, mine in enumerate(asked):

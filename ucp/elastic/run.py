@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from torch import distributed
 
 from ucp.elastic import checks, groups
+from ucp.elastic.account import Account
 from ucp.elastic.batch import Batch, seat
 from ucp.elastic.ending import Mortal, leave_with, told
-from ucp.elastic.fence import Fence
 from ucp.elastic.fits import Choice, Needs, choose
 from ucp.elastic.holdings import Holdings
 from ucp.elastic.lasting import Lasting
+from ucp.elastic.life import Life
 from ucp.elastic.meeting import Meeting
 from ucp.elastic.nodes.folder import folder_of
-from ucp.elastic.options import Local, Memory, check_alike, shared_memory
+from ucp.elastic.options import Local, Memory, check_alike, shared_memory, told_of
 from ucp.elastic.policy import Policy
 from ucp.elastic.report import RunReport
 from ucp.elastic.sole import Sole
-from ucp.elastic.timeline import Beat, Pulse, Timeline, failure, forget, left_behind, process_start, prune
-from ucp.elastic.watch import Watch
+from ucp.elastic.timeline import Beat, Timeline, failure, left_behind, process_start, prune
 from ucp.elastic.world import World, job_name, world_of
-from ucp.errors import UcpError, UsageError
+from ucp.errors import UsageError
 from ucp.layout import Mesh
 from ucp.train.manager import CheckpointManager
 from ucp.train.save import SaveHandle
@@ -107,15 +105,12 @@ class Run:
         self._lasting = Lasting(self.manager)
         self._mortal = Mortal()
         self._meeting: Meeting | None = None
-        self._watch: Watch | None = None
-        self._pulse: Pulse | None = None
+        self._life: Life | None = None
         self._sole: Sole | None = None
-        self._fence: Fence | None = None
         self._recovered: Any = None
         self._stepped, self._folder, self._over = False, "", False
         self._until: int | None = None
         self._found: Any = None
-        self._recorder: threading.Thread | None = None
 
     @property
     def rank(self) -> int:
@@ -237,15 +232,14 @@ class Run:
             )
         if not self._stepped:
             self._check_state(state, stepped=True)
-        self._check_last_started()
+        self._living.check()
         self.done = step
-        if self._pulse is not None:
-            self._pulse.done(step)
+        self._living.done(step)
         if not self._stepped:
             self._first_step()
         self._holdings.save(step, state, mesh=self.mesh)
-        if self._lasting.step(step, state, metrics) and self._fence is not None:
-            self._fence.hurry()
+        if self._lasting.step(step, state, metrics):
+            self._living.saves()
         if step == self._until:
             self._lasting.end(step, state, metrics)
 
@@ -284,9 +278,9 @@ class Run:
             self._mortal.begin()
         checks.begin()
         self._meeting = Meeting(world, self.timeout)
-        self._watch = Watch(world, self._met.line(), self.timeout, glance=self._glance)
-        self._watch.begin()
-        check_alike(self._met.gather("asked", self._asked()))
+        self._life = Life(world, self._met.line(), self.timeout)
+        asked = {"url": self.url, "job": self.job, "every": self.manager.every, "batch": self.batch}
+        check_alike(self._met.gather("asked", told_of({**asked, "memory": self.memory, "local": self.local})))
         groups.begin(self._met)
         beats = self._beats()
         self._timeline.met = time.time()
@@ -296,23 +290,11 @@ class Run:
         self.active = groups.keep_active(self._met, self.mesh, self.backend)
         if self.active:
             groups.tell_size(self.mesh.size)
-        held, place = self._holdings, {"rank": world.rank, "size": world.size}
-        self._pulse = Pulse(self._folder, epoch=self.epoch, **place, before=held.reached, run=held.run)
-        if world.rank == 0:
-            self._fence = Fence(self.url, held.records, held.start)
-        if world.local_rank == 0:
-            forget(self._folder, before=self.epoch)  # not earlier: what is lost now is known by nobody else
+        self._life.numbered(self.url, self._holdings, self._folder)
+        self._account = Account(self.url, self._holdings)
         self._timeline.agreed = time.time()
         if world.rank == 0:
             _log.info("%s: epoch %d: %s", self.url, self.epoch, self.choice)
-
-    def _asked(self) -> dict[str, Any]:
-        """What all ranks have to be given alike; folders may be other ones on other nodes."""
-        asked: dict[str, Any] = {"url": self.url, "job": self.job, "every": self.manager.every}
-        asked["batch"] = None if self.batch is None else str(self.batch)
-        for name, tier in (("memory", self.memory), ("local", self.local)):
-            asked[name] = None if tier is None else f"every={tier.every}, copies={tier.copies}, busy={tier.busy}"
-        return asked
 
     def _chosen(self) -> Choice:
         """The layout, chosen by rank 0 for all."""
@@ -337,11 +319,6 @@ class Run:
         told = self._met.gather("beats", [beat.doc for beat in mine])
         return [Beat.of(doc) for docs in told for doc in docs]
 
-    def _glance(self) -> None:
-        """About five times a second, in a thread of its own."""
-        if self._pulse is not None and self._watch is not None:
-            self._pulse.alive(self._watch.heard)
-
     def _first_step(self) -> None:
         """The job is training again: tell what that took."""
         self._stepped = True
@@ -350,14 +327,7 @@ class Run:
         if self.rank == 0:
             report = self.report
             _log.info("%s: %s", self.url, report)
-            self._recorder = threading.Thread(target=self._record, args=(report,), name="ucp-timeline", daemon=True)
-            self._recorder.start()
-
-    def _record(self, report: RunReport) -> None:
-        try:
-            self._holdings.record(report.doc)
-        except UcpError as error:
-            _log.warning("%s: the times of epoch %d are not recorded: %s", self.url, self.epoch, error)
+            self._account.begun(report)
 
     def _check_active(self) -> None:
         if not self.active:
@@ -370,19 +340,10 @@ class Run:
         ranks = lambda: self.seat[1]  # noqa: E731  asked only where there are engines
         checks.check_state(state, batch=self.batch, mesh=self.mesh, ranks=ranks, stepped=stepped)
 
-    def _check_last_started(self) -> None:
-        """On rank 0: ConflictError if the job was started again elsewhere."""
-        if self._fence is not None and self._fence.later is not None and self._pulse is not None:
-            self._pulse.lost_to(self._fence.later.epoch)
-            self._fence.check()
-
     def _finish(self) -> None:
         """Wait for what is under way, and for the others; then tidy up."""
-        if self._fence is not None:
-            with suppress(UcpError):
-                self._fence.look()
-            self._check_last_started()
-            self._fence.end(wait=True)
+        life = self._living
+        life.check(last=True)
         if self.active:
             self._holdings.settle()
             self.manager.close()
@@ -392,27 +353,19 @@ class Run:
         self._over = True
         if self.rank == 0:
             self._lasting.warn_of_loss(self.done, nodes=bool(self._holdings.nodes))
-            self._record_end()
+            if self._stepped or self._recovered is not None:
+                self._account.ended(self.report)
             self._holdings.forget()
             self._met.say("forgotten")
         self._await("forgotten", range(1))
-        if self._watch is not None:
-            self._watch.end()  # all is done, and removing much may take longer than the others are there
+        life.end()
         self._holdings.close(remove=True)
-        if self._pulse is not None:
-            self._pulse.close(remove=True)
+        life.forget()
         if self._sole is not None:
             self._sole.release()
         self._met.part()
         self._mortal.end()
         self._end_group()
-
-    def _record_end(self) -> None:
-        """That the run ended in the ordinary way, and where, so that the next one does not take its steps for lost."""
-        if self._recorder is not None:
-            self._recorder.join()
-        if self._stepped or self._recovered is not None:
-            self._record(self.report)
 
     def _await(self, word: str, ranks: range) -> None:
         """Wait until all of `ranks` have said a word; the watch ends this process if one of them is lost."""
@@ -427,16 +380,12 @@ class Run:
         if not world.alone:
             _log.error("rank %d on %s leaves: %s", world.rank, world.node, told(error))
             leave_with(error)
-            if self._watch is not None and (first := self._watch.tell(told(error))) is not None:
-                _log.error("rank %d on %s: before that, %s", world.rank, world.node, first)
+            if self._life is not None:
+                self._life.leave(told(error))
             abandon_saves()
         self.manager.__exit__(type(error), error, error.__traceback__)
-        if self._watch is not None:
-            self._watch.end(wait=False)
-        if self._fence is not None:
-            self._fence.end(wait=False)
-        if self._pulse is not None:
-            self._pulse.close(remove=False)
+        if self._life is not None:
+            self._life.break_off()
         if world.alone:
             self._end_group()
         if world.alone and self.memory is None and self.local is None and self._folder:
@@ -456,3 +405,9 @@ class Run:
         if self._meeting is None:
             raise UsageError(f"the run of {self.url} has not begun", hint="with Run(...) as run: …")
         return self._meeting
+
+    @property
+    def _living(self) -> Life:
+        if self._life is None:
+            raise UsageError(f"the run of {self.url} has not begun", hint="with Run(...) as run: …")
+        return self._life
