@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests.real.moe import moe
 from tests.support.case import Case
 from tests.support.cases import CASES
 from tests.support.deepspeed_job import run_jobs
+
+__all__ = ["moe"]
 
 DeepSpeedCase = Callable[[Case], Path]
 DeepSpeedCases = Callable[[Iterable[Case]], dict[str, Path]]
