@@ -39,6 +39,25 @@ def test_memory_of_a_run_whose_url_was_deleted_is_not_resumed(tmp_path, caplog):
     assert "left step 3 of epoch 1 in memory: of another run" in caplog.text
 
 
+def test_checkpoints_that_are_gone_are_not_taken_for_a_run_that_begins(tmp_path):
+    """Storage tells that there were some, also where nodes held none."""
+
+    def fails(until):
+        with run_of(tmp_path, every=1) as run:
+            go(run, until)
+            run.save(until, state()).result()
+            raise ValueError("no luck")
+
+    for until in (2, 4):
+        with pytest.raises(ValueError, match="no luck"):
+            fails(until)
+    for folder in (tmp_path / "run").glob("step-*"):
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    told = r"nothing is left to go on from:\n  the version of step 2, from which epoch 2 went on"
+    with pytest.raises(NotFoundError, match=told), run_of(tmp_path, every=1) as run:
+        run.resume(state())
+
+
 def test_it_is_there_until_the_new_run_begins(tmp_path):
     memory, _ = breaks_off(tmp_path, 3)
     shutil.rmtree(tmp_path / "run")

@@ -23,7 +23,7 @@ def test_a_promise_that_comes_late_is_not_made_any_more(tmp_path, monkeypatch):
     late = threading.Thread(target=records.promise, args=(1, ["a", "b"], 10))
     late.start()
     assert under_way.wait(60)
-    ending = threading.Thread(target=records.forget)
+    ending = threading.Thread(target=records.forget, args=(1,))
     ending.start()
     go_on.set()
     for one in (late, ending):

@@ -239,7 +239,7 @@ class Holdings:
     def forget(self) -> None:
         """On rank 0: say in storage no longer that nodes hold anything."""
         if self.nodes:
-            self.records.forget()
+            self.records.forget(self.epoch)
 
     def close(self, *, remove: bool) -> None:
         """Give up the tiers beside storage, and `remove` what they hold."""
@@ -343,18 +343,19 @@ class Holdings:
             self.records.promise(self.epoch, nodes, step)
 
     def _broken_promise(self) -> list[str]:
-        """What earlier starts said that nodes hold."""
+        """What earlier starts said that nodes hold, or had themselves gone on from."""
         if not self._past.nodes:
-            return []
+            epoch, step = max(self._past.steps, key=lambda told: told[1], default=(0, 0))
+            gone_on = step and self._past.ended is None
+            return [f"  the version of step {step}, from which epoch {epoch} went on"] if gone_on else []
         gone = ", ".join(one if one in self.places else f"{one} (is not here)" for one in self._past.nodes)
         return [f"  versions that nodes held in memory or on their disks, of which none is left: {gone}"]
 
     def _stored(self, known: Sequence[int], beats: Sequence[Beat]) -> Stock:
         """Begin this start in storage; `known` are numbers that nodes have from other starts, of whatever run."""
         run, past = self.records.identity(), self.records.past()
-        own = [beat for beat in beats if beat.run in ("", run)]
-        check_not_given_up(self._url, last_start(own), self.records.newest(), past, self.places)
-        start = self.records.begin(max([past.epoch, *known]) + 1, self.places)
+        check_not_given_up(self._url, self.records, beats)
+        start = self.records.begin(max([past.epoch, *known]) + 1, self.places, run=run)
         # Not earlier: another start that is still at work somewhere saves no more once it sees this one.
         return Stock(run, start, past, [Version(one.step, 0, "storage", one.url) for one in self.manager.saved])
 

@@ -38,13 +38,15 @@ class Lasting:
             self._last = SaveHandle.over(SaveReport(where, step, "", 0, 0, 0, 0.0, 0.0))
         return self._last
 
-    def end(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
-        """Save the last step: what nodes hold is removed when the run ends. Collective.
+    def end(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> bool:
+        """Save the last step, unless that is done: what nodes hold is removed when the run ends. Collective.
 
         Who gives no `every` says himself what is to stay.
         """
-        if self.manager.every is not None and self.manager.newest != step:
+        due = self.manager.every is not None and self.manager.newest != step
+        if due:
             self.save(step, state, metrics)
+        return due
 
     def warn_of_loss(self, done: int, *, nodes: bool) -> None:
         """Say so if the run, of `done` steps, ends with some lost that were to be kept: on `nodes`, or by `every`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from typing import Any
 
 from ucp.elastic.fence import Fence
@@ -11,7 +10,6 @@ from ucp.elastic.holdings import Holdings
 from ucp.elastic.timeline import Pulse, forget
 from ucp.elastic.watch import Watch
 from ucp.elastic.world import World
-from ucp.errors import UcpError
 
 _log = logging.getLogger("ucp")
 
@@ -36,10 +34,12 @@ class Life:
         if world.local_rank == 0:
             forget(folder, before=held.epoch)  # not earlier: what is lost now is known by nobody else
 
-    def done(self, step: int) -> None:
-        """The optimizer step is done."""
+    def done(self, step: int, *, first: bool) -> None:
+        """The optimizer step is done; if it is the `first` of this start, that counts from now on."""
         if self._pulse is not None:
             self._pulse.done(step)
+        if first and self._fence is not None:
+            self._fence.begin()
 
     def saves(self) -> None:
         """Something is being put into storage, where another start may do so, too."""
@@ -51,8 +51,7 @@ class Life:
         if self._fence is None:
             return
         if last:
-            with suppress(UcpError):
-                self._fence.look()
+            self._fence.look()
         if self._fence.later is not None and self._pulse is not None:
             self._pulse.lost_to(self._fence.later.epoch)
         self._fence.check()
@@ -74,10 +73,10 @@ class Life:
             _log.error("rank %d on %s: before that, %s", self._world.rank, self._world.node, first)
 
     def break_off(self) -> None:
-        """End without waiting for anything. What tells of this start stays."""
+        """End without waiting for others. What tells of this start stays."""
         self._watch.end(wait=False)
         if self._fence is not None:
-            self._fence.end(wait=False)
+            self._fence.end(wait=self._world.alone)
         if self._pulse is not None:
             self._pulse.close(remove=False)
 

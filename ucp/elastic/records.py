@@ -1,10 +1,10 @@
 """What a run puts beside its checkpoints, in their folder ``elastic``: an account of each start, and what nodes hold.
 
 ``run.json`` tells this run from others that had the same URL, or job, before: who deletes the folder of a run begins
-another one. ``start-00007.json`` says that epoch 7 is that of one start alone, on which nodes it is, and when it was
-last alive. ``timeline-00007.json`` is the account of epoch 7. ``epoch-00007.json`` is there while nodes hold versions
-of its; it says which nodes, and how far the job had come: should all of them be lost, the run is not taken for a new
-one.
+another one. ``start-00007.json`` says that epoch 7 is that of one start alone, of which run and on which nodes it is,
+whether it trains, and when it last said so. ``timeline-00007.json`` is the account of epoch 7. ``epoch-00007.json`` is
+there while nodes hold versions of its; it says which nodes, and how far the job had come: should all of them be lost,
+the run is not taken for a new one.
 """
 
 from __future__ import annotations
@@ -43,13 +43,19 @@ class Past:
     ended: int | None = None
     nodes: tuple[str, ...] = ()
 
+    def ended_with(self, epoch: int) -> bool:
+        """Whether the run ended in the ordinary way, in that epoch or a later one."""
+        return self.ended is not None and self.epoch >= epoch
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A start of the job: its number, its nodes, and when it was last `alive`, in seconds since 1970 by its clock."""
+    """A start of the job: its number, its `run` and nodes; when it said that it is `alive` (seconds since 1970)."""
 
     epoch: int = 0
+    run: str = ""
     nodes: tuple[str, ...] = ()
+    trains: bool = False
     alive: float = 0.0
 
 
@@ -95,23 +101,32 @@ class Records:
 
     def newest(self) -> Start:
         """The last start that is told of."""
-        epoch = _last(_START, self._store.children())
-        told = self._read(_start(epoch))
-        nodes, alive = told.get("nodes"), told.get("alive")
-        named = tuple(map(str, nodes)) if isinstance(nodes, list) else ("unknown",)
-        return Start(epoch, named if epoch else (), float(alive) if isinstance(alive, int | float) else 0.0)
+        return self._started(_last(_START, self._store.children()))
 
-    def begin(self, epoch: int, nodes: Sequence[str]) -> Start:
+    def begin(self, epoch: int, nodes: Sequence[str], *, run: str) -> Start:
         """Number this start, on `nodes`: with `epoch`, or the next one that no other start has or had."""
         while True:
-            start = Start(max(epoch, self.newest().epoch + 1), tuple(sorted(set(nodes))), time.time())
-            with suppress(ConflictError):  # another start was quicker
-                self._store.put(_start(start.epoch), _told(start), if_absent=True)
-                return start
+            start = Start(epoch, run, tuple(sorted(set(nodes))), alive=time.time())
+            with suppress(ConflictError):
+                self._store.put(_start(epoch), _told(start), if_absent=True)
+                last = _last(_START, self._store.children())
+                if last <= epoch:
+                    return start
+                epoch = last
+            epoch += 1
 
     def alive(self, start: Start) -> None:
-        """Say that `start` is alive now."""
-        self._store.put(_start(start.epoch), _told(replace(start, alive=time.time())))
+        """Say that `start` is alive now; not where that is forgotten, as where the run was deleted."""
+        if _start(start.epoch) in self._store.children():
+            self._store.put(_start(start.epoch), _told(replace(start, alive=time.time())), durable=False)
+
+    def later(self, start: Start) -> Start | None:
+        """The last start after `start` that trains; one of another run if this one was deleted and begun anew."""
+        epochs = sorted((_epochs(_START, self._store.children())), reverse=True)
+        if start.epoch not in epochs and run_of(self._held(IDENTITY)) not in ("", start.run):
+            return self._started(max(epochs, default=0))
+        found = (self._started(epoch) for epoch in epochs if epoch > start.epoch)
+        return next((one for one in found if one.trains and one.run == start.run), None)
 
     def account(self, epoch: int, doc: Mapping[str, Any]) -> None:
         """Put the account of a start: an object of its own, as object stores only replace."""
@@ -124,19 +139,31 @@ class Records:
             if not self._forgotten:
                 self._store.put(f"epoch-{epoch:05}.json", json.dumps(doc).encode())
 
-    def forget(self) -> None:
-        """Say no longer that nodes hold anything."""
+    def forget(self, epoch: int) -> None:
+        """Say no longer that nodes hold anything of a start up to `epoch`."""
         with self._turn:
             self._forgotten = True
             for name in self._store.children():
-                if _PROMISE.fullmatch(name):
+                if (found := _PROMISE.fullmatch(name)) and int(found[1]) <= epoch:
                     self._store.delete(name)
 
     def _read(self, name: str) -> Mapping[str, Any]:
-        with suppress(NotFoundError, ValueError, RecursionError):
-            doc = json.loads(self._store.read(name))
+        with suppress(ValueError, RecursionError):
+            doc = json.loads(self._held(name))
             return doc if isinstance(doc, dict) else {}
         return {}
+
+    def _held(self, name: str) -> bytes:
+        with suppress(NotFoundError):
+            return self._store.read(name)
+        return b""
+
+    def _started(self, epoch: int) -> Start:
+        told = self._read(_start(epoch))
+        nodes, alive = told.get("nodes"), told.get("alive")
+        named = tuple(map(str, nodes)) if isinstance(nodes, list) else ("unknown",)
+        when = float(alive) if isinstance(alive, int | float) else 0.0
+        return Start(epoch, str(told.get("run", "")), named, told.get("trains") is True, when)
 
 
 def run_of(data: bytes) -> str:
@@ -153,12 +180,16 @@ def _start(epoch: int) -> str:
 
 
 def _told(start: Start) -> bytes:
-    doc = {"format": "start", "version": 1, "nodes": list(start.nodes), "alive": start.alive}
-    return json.dumps(doc).encode()
+    doc = {"format": "start", "version": 1, "run": start.run, "nodes": list(start.nodes)}
+    return json.dumps({**doc, "trains": start.trains, "alive": start.alive}).encode()
 
 
 def _last(pattern: re.Pattern[str], names: Sequence[str]) -> int:
-    return max((int(found[1]) for name in names if (found := pattern.fullmatch(name))), default=0)
+    return max(_epochs(pattern, names), default=0)
+
+
+def _epochs(pattern: re.Pattern[str], names: Sequence[str]) -> list[int]:
+    return [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
 
 
 def _whole(value: Any) -> int | None:

@@ -234,14 +234,15 @@ class Run:
             self._check_state(state, stepped=True)
         self._living.check()
         self.done = step
-        self._living.done(step)
+        self._living.done(step, first=not self._stepped)
         if not self._stepped:
             self._first_step()
         self._holdings.save(step, state, mesh=self.mesh)
-        if self._lasting.step(step, state, metrics):
-            self._living.saves()
+        saves = self._lasting.step(step, state, metrics)
         if step == self._until:
-            self._lasting.end(step, state, metrics)
+            saves |= self._lasting.end(step, state, metrics)
+        if saves:
+            self._living.saves()
 
     def save(self, step: int, state: Any, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle:
         """Begin a save of `step` to storage, due or not (`CheckpointManager.save`).
@@ -249,6 +250,7 @@ class Run:
         If `step` is saved already, or being saved, that save is returned; its metrics are those given now, if any.
         """
         self._check_active()
+        self._living.saves()
         return self._lasting.save(step, state, metrics)
 
     def __enter__(self) -> Self:
@@ -343,10 +345,10 @@ class Run:
     def _finish(self) -> None:
         """Wait for what is under way, and for the others; then tidy up."""
         life = self._living
-        life.check(last=True)
         if self.active:
             self._holdings.settle()
             self.manager.close()
+            life.check(last=True)  # what was being saved is saved
             self._met.say("done")
         self._await("done", range(self.mesh.size))
         # Nobody may look for what memory held once some of it is gone.
@@ -388,12 +390,16 @@ class Run:
             self._life.break_off()
         if world.alone:
             self._end_group()
-        if world.alone and self.memory is None and self.local is None and self._folder:
+        if world.alone and self.memory is None and self.local is None and self._folder and not self._left_to_others():
             left_behind(self._folder, take=True)
             prune(self._folder)
         if world.alone and self._sole is not None:
             self._sole.release()
         self._mortal.end()
+
+    def _left_to_others(self) -> bool:
+        """Whether it is known on this node that another start goes on: that must not be forgotten."""
+        return any(beat.lost_to for beat in left_behind(self._folder, take=False))
 
     def _end_group(self) -> None:
         groups.tell_size(self._world.size)

@@ -142,9 +142,9 @@ class Pulse:
             prune(os.path.dirname(self._path))
 
     def _write(self) -> None:
-        doc = {**self._place, "heard": self._heard, "step": self._reached.step, "sure": self._reached.sure}
         # Two threads write, and the number of a file that is closed may be another one's.
         with self._turn, suppress(OSError):
+            doc = {**self._place, "heard": self._heard, "step": self._reached.step, "sure": self._reached.sure}
             if self._file is not None:
                 os.pwrite(self._file, json.dumps(doc).encode().ljust(_BEAT_BYTES), 0)
 

@@ -45,7 +45,7 @@ class LocalStore(Store):
         full = self._full(path)
         with translated(full, "head"):
             info = os.stat(full)
-            if not os.path.isfile(full):
+            if not stat.S_ISREG(info.st_mode):
                 raise FileNotFoundError(full)
         TRAFFIC.request("file", "head")
         return _entry(path, info)
@@ -58,8 +58,8 @@ class LocalStore(Store):
                 for name in names:
                     full = os.path.join(folder, name)
                     path = os.path.relpath(full, self.root).replace(os.sep, "/")
-                    if path.startswith(prefix) and os.path.isfile(full):
-                        found.append(_entry(path, os.stat(full)))
+                    if path.startswith(prefix) and (info := _file(full)) is not None:
+                        found.append(_entry(path, info))
         TRAFFIC.request("file", "list")
         yield from sorted(found, key=lambda entry: entry.path)
 
@@ -110,13 +110,11 @@ class LocalStore(Store):
     def create(self, path: str, size: int) -> Writer:
         full = self._forget(path)
         with translated(full):
-            os.makedirs(os.path.dirname(full), exist_ok=True)
             return FileWriter(full, size)
 
     def replace(self, path: str, size: int) -> Writer:
         full = self._forget(path)
         with translated(full):
-            os.makedirs(os.path.dirname(full), exist_ok=True)
             return BesideWriter(full, size, lambda: self._forget(path))
 
     def put(
@@ -126,7 +124,6 @@ class LocalStore(Store):
         if if_match is not None:
             self._check_same(path, if_match)
         with translated(full, "put"):
-            os.makedirs(os.path.dirname(full), exist_ok=True)
             put_file(full, data, if_absent=if_absent, durable=durable)
             TRAFFIC.request("file", "put", 0, len(memoryview(data).cast("B")))
 
@@ -156,7 +153,7 @@ class LocalStore(Store):
     def delete(self, path: str) -> None:
         full = self._forget(path)
         with translated(full, "delete"):
-            if os.path.lexists(full):
+            with suppress(FileNotFoundError):
                 os.unlink(full)
             self._prune(os.path.dirname(full))
         TRAFFIC.request("file", "delete")
@@ -311,6 +308,14 @@ def _lock(fd: int, root: str) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+
+
+def _file(full: str) -> os.stat_result | None:
+    """What the system says of the file at `full`; None where it says of none, or of none any more."""
+    with suppress(OSError):
+        info = os.stat(full)
+        return info if stat.S_ISREG(info.st_mode) else None
+    return None
 
 
 def _entry(path: str, info: os.stat_result) -> Entry:

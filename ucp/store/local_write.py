@@ -18,6 +18,8 @@ _PIECE_BYTES = 128 << 10
 """Most bytes per write call. Larger calls make the page cache look for huge folios; where memory is ballooned or
 fragmented, 4 MiB calls were measured three to ten times slower than these (bench/limits.py)."""
 
+_TRIES = 100
+
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 """How file systems say that they lack an operation."""
 
@@ -30,7 +32,7 @@ class FileWriter(Writer):
 
     def __init__(self, full: str, size: int) -> None:
         self.full = full
-        self.fd = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self.fd = _create(full)
         try:
             _reserve(self.fd, size)
         except OSError:
@@ -91,7 +93,7 @@ def _reserve(fd: int, size: int) -> None:
 def put_file(full: str, data: Buffer, *, if_absent: bool, durable: bool) -> None:
     """Write beside, sync, then link or rename: readers see all of it or none."""
     temporary = _temporary(full)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    fd = _create(temporary)
     try:
         view = memoryview(data).cast("B")
         while view:
@@ -108,6 +110,16 @@ def put_file(full: str, data: Buffer, *, if_absent: bool, durable: bool) -> None
             os.unlink(temporary)
     if durable:
         sync(os.path.dirname(full))
+
+
+def _create(full: str) -> int:
+    """Open a file to write it anew, in a folder that is made; others may remove that while it is empty."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            return os.open(full, flags, 0o666)
+    return os.open(full, flags, 0o666)
 
 
 def _temporary(full: str) -> str:

@@ -146,7 +146,7 @@ def account(records: Sequence[Record], reference: Sequence[Record], strikes: Ite
 
 
 def newest(records: Sequence[Record]) -> list[Record]:
-    """The records without those of starts of the job that left no trace but these: the next one has the same epoch."""
+    """The records without those of starts that another one of the same epoch followed, as some jobs number theirs."""
     starts: dict[tuple[int, int], Start] = {}
     worlds: dict[int, int] = {}
     for start in sorted(_of(records, Start), key=lambda start: start.time):
