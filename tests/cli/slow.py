@@ -9,11 +9,14 @@ from typing import Any
 from tests.cli import shards
 from ucp.store import LocalStore, Writer
 
+_PAUSE = 0.5
+"""Seconds before each object."""
+
 _create = LocalStore.create
 
 
 def _slow(self: LocalStore, path: str, size: int) -> Writer:
-    time.sleep(0.2)
+    time.sleep(_PAUSE)
     return _create(self, path, size)
 
 

@@ -157,7 +157,7 @@ def test_signals_end_a_command_in_order(name, number, checkpoint, tmp_path):
     assert process.stderr is not None
     assert process.stderr.readline() == "begun\n"
     process.send_signal(number)
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert json.loads(out)["error"]["code"] == "interrupted"
     assert "Traceback" not in errors

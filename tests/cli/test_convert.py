@@ -110,11 +110,13 @@ def test_an_interrupted_conversion_says_how_to_resume_and_resumes(process, check
         env=environment(),
         cwd=REPOSITORY,
     )
-    deadline = time.monotonic() + 30
-    while len(list(there.rglob("*.bin"))) < 3 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while len(list(there.rglob("*.bin"))) < 3:
+        assert running.poll() is None
+        assert time.monotonic() < deadline, "it does not begin"
         time.sleep(0.02)
     running.send_signal(number)
-    stdout, stderr = running.communicate(timeout=30)
+    stdout, stderr = running.communicate(timeout=120)
     assert (running.returncode, stdout) == (130, "")
     assert "error[interrupted]: " in stderr
     assert f"hint: `ucp {' '.join(arguments)}` resumes" in stderr

@@ -128,7 +128,7 @@ def test_a_closed_pipe_is_no_error(tmp_path) -> None:
         running.stdout.readline()
         running.stdout.close()
         assert running.stderr.read() == b""
-        assert running.wait(timeout=30) == 141
+        assert running.wait(timeout=120) == 141
 
 
 def on_terminal(*arguments: object, **variables: str) -> tuple[int, str]:

@@ -28,6 +28,7 @@ class Bucket:
         self._process = os.getpid()
         self._address = ""
         self._lines = threading.local()
+        self._open, self._closed = 0, threading.Condition()
 
     def put(self, key: str, data: bytes, etag: str, if_absent: bool, if_match: str | None) -> None:
         with self._lock:
@@ -91,16 +92,33 @@ class Bucket:
 
     def _accept(self, listener: Listener) -> None:
         while True:
-            threading.Thread(target=self._answer, args=(listener.accept(),), daemon=True).start()
+            line = listener.accept()
+            with self._closed:
+                self._open += 1
+            threading.Thread(target=self._answer, args=(line,), daemon=True).start()
 
     def _answer(self, line: Connection) -> None:
-        with line:
-            while True:
-                try:
+        try:
+            with line:
+                while True:
                     name, args = line.recv()
                     line.send(_told(self, name, args))
-                except (EOFError, OSError):  # the process is dead
-                    return
+        except (EOFError, OSError):  # the process is dead
+            pass
+        finally:
+            with self._closed:
+                self._open -= 1
+                self._closed.notify_all()
+
+    def settle(self) -> None:
+        """Wait until all is done that processes which are dead by now had asked for."""
+        if not self._address:
+            return
+        with Client(self._address, "AF_UNIX") as line:  # those before it were accepted before it
+            line.send(("head", ("",)))
+            line.recv()
+            with self._closed:
+                assert self._closed.wait_for(lambda: self._open <= 1, 60), "a process that uses the bucket lives"
 
 
 def _told(bucket: Bucket, name: str, args: Any) -> Any:

@@ -101,9 +101,11 @@ class ObjectPlace(Place):
         self.store = ObjectStore(self.bucket)
 
     def state(self) -> State:
+        self.bucket.settle()
         return {key: data for key, (data, _) in self.bucket.objects.items()}
 
     def put_back(self, state: State) -> None:
+        self.bucket.settle()
         self.bucket.objects.clear()
         for key, data in state.items():
             self.store.put(key, data)

@@ -111,7 +111,7 @@ def test_the_cause_is_told_by_whom_it_hit_and_by_all_others(job):
 
 
 def test_a_rank_that_stood_still_ends_when_it_wakes_and_saves_nothing_any_more(job):
-    ran = job({**fails(2, "stop"), "timeout": 8, "every": 1, "memory": 1})
+    ran = job({**fails(2, "stop"), "timeout": 30, "every": 1, "memory": 1})
     for rank in (0, 1):
         assert ran.code(rank) == 1
     told = ran.log(0) + ran.log(1)

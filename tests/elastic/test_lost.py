@@ -55,7 +55,7 @@ def test_where_all_nodes_are_lost_the_promise_tells_how_many_at_least(tmp_path, 
     monkeypatch.setattr(holdings, "_PROMISE_SECONDS", 0.0)
     memory, _ = breaks_off(tmp_path, 7, every=4)
     promise = tmp_path / "run" / "elastic" / "epoch-00001.json"
-    until(lambda: json.loads(promise.read_text())["step"] == 7)
+    until(lambda: promise.exists() and json.loads(promise.read_text())["step"] == 7)
     shutil.rmtree(tmp_path / "memory")
     found = resumes(tmp_path, memory, every=4)
     assert (found.step, found.tier, found.steps_lost, found.at_least) == (4, "storage", 3, True)

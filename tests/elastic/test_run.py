@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from ucp.elastic import Batch, Feed, Memory, Run, holdings, keep
 from ucp.elastic.options import check_alike
 from ucp.elastic.versions import Version
 from ucp.errors import CorruptError, NotFoundError, StorageError, UsageError
+from ucp.train.save.engine import engine_of
 
 
 @pytest.fixture(autouse=True)
@@ -200,8 +203,18 @@ def breaks_off(tmp_path, until, **options):
     with pytest.raises(ValueError, match="no luck"), run_of(tmp_path, memory=memory, **options) as run:  # noqa: PT012
         weights = go(run, until, of=100)
         run.tiers[0].settle()
+        settle_storage()
         raise ValueError("no luck")
     return memory, weights
+
+
+def settle_storage():
+    """What is on its way to storage is there."""
+    engine_of(None).drain()
+    deadline = time.monotonic() + 60
+    while any(thread.name in ("ucp-promise", "ucp-timeline") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_a_run_that_broke_off_goes_on_from_memory(tmp_path):

@@ -43,7 +43,9 @@ class Agents:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
         command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", f"--rdzv-id={self.id}"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.meeting.port}"]
-        timing = "join_timeout=600,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=8"
+        # Agents that are to meet may begin to look for each other long after one another.
+        last_call = 1 if nodes == "1" else 15
+        timing = f"join_timeout=600,last_call_timeout={last_call},keep_alive_interval=1,keep_alive_max_attempt=8"
         command += [f"--rdzv-conf=is_host=0,{timing}"]
         environment = {
             **os.environ,
@@ -196,7 +198,7 @@ def until_saved(agents, step):
 @exhaustive
 @pytest.mark.parametrize("whole", [True, False], ids=["node", "agent"])
 def test_a_lost_node_leaves_the_others_at_work(agents, undisturbed, whole):
-    order = {"kind": "fsdp", "steps": 12, "every": 4, "waits": 6, "timeout": 10}
+    order = {"kind": "fsdp", "steps": 12, "every": 4, "waits": 6, "timeout": 30}
     agents.start("a", 2, order, nodes="1:2")
     agents.start("b", 1, order, nodes="1:2")
     until_saved(agents, 4)
@@ -238,7 +240,7 @@ def test_a_killed_rank_is_recovered_from_memory(agents, undisturbed, kind):
 
 @pytest.mark.parametrize("tier", ["memory", pytest.param("local", marks=exhaustive)])
 def test_a_lost_node_is_recovered_from_its_buddys_copies(agents, undisturbed, tier):
-    order = {"kind": "fsdp", "steps": 12, "every": 100, tier: 2, "waits": 6, "timeout": 10}
+    order = {"kind": "fsdp", "steps": 12, "every": 100, tier: 2, "waits": 6, "timeout": 30}
     agents.start("a", 2, order, nodes="1:2")
     agents.start("b", 1, order, nodes="1:2")
     until_held(agents, tier, 6)

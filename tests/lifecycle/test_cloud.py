@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,9 +118,10 @@ def test_killed_and_run_again(site: Site, large: Path) -> None:
         child = subprocess.Popen(command, env={**os.environ})
         before = len(site.proxy.exchanges)
         while child.poll() is None and len(site.proxy.exchanges) < before + requests:
-            pass
+            time.sleep(0.001)
         child.send_signal(signal.SIGKILL)
         child.wait()
+        site.proxy.settled()
         there = held(url)
         if "zarr.json" in there:
             assert there.items() >= expected.items()

@@ -272,8 +272,10 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert peak < 2 * 24 << 20
 
 
-def test_a_resumed_copy_does_not_begin_anew(saved: Path, tmp_path: Path) -> None:
+def test_a_resumed_copy_does_not_begin_anew(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = tmp_path / "there"
+    # As many operations each time, however long it takes.
+    monkeypatch.setattr("ucp.lifecycle.carry._FLUSH_SECONDS", float("inf"))
 
     def work(fault: Fault) -> None:
         with placed(there=fault.around(LocalStore(str(there)))):

@@ -62,7 +62,7 @@ def test_converted_collected_and_read(run: str, tmp_path: Path) -> None:
 
 def test_saved_loaded_and_kept(run: str) -> None:
     model, optimizer = jobs.adapted()
-    with ucp.CheckpointManager(run, keep_latest=2, share=True, grace=0, preempt=()) as manager:
+    with ucp.CheckpointManager(run, keep_latest=2, share=True, grace=60, preempt=()) as manager:
         for step in range(1, 4):
             jobs.train(model, optimizer, step)
             manager.save(step, (model, optimizer)).result()

@@ -75,7 +75,9 @@ class Trial:
         assert {name.split("/")[1] for name in self.end} == {".ucp-watch", "latest.json", "step-2"}
 
     def work(self, fault: Fault) -> None:
-        with placed(source=self.source.store, place=fault.around(self.place.store)), named("work"):
+        # As many operations each time, however long it takes.
+        steady = mock.patch("ucp.run.convert._FLUSH_SECONDS", float("inf"))
+        with steady, placed(source=self.source.store, place=fault.around(self.place.store)), named("work"):
             one_pass()
 
     def state(self) -> State:

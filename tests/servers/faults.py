@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -76,6 +77,14 @@ class Delay(Fault):
 
     kind: ClassVar[str] = "delay"
     seconds: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hold(Fault):
+    """The request waits before it goes on, until somebody sets the event."""
+
+    kind: ClassVar[str] = "held"
+    until: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True, slots=True)

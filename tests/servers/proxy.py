@@ -107,7 +107,7 @@ class Proxy:
             self.exchanges.clear()
             self._first.clear()
 
-    def settled(self, seconds: float = 10) -> list[Exchange]:
+    def settled(self, seconds: float = 60) -> list[Exchange]:
         """The exchanges, once none is under way; a client may have its answer just before the proxy has noted it."""
         with self._idle:
             self._idle.wait_for(lambda: not self._busy, seconds)
@@ -212,6 +212,9 @@ class _Exchange:
         if delay := self._fault(faults.Delay):
             self.count(delay)
             time.sleep(delay.seconds)
+        if hold := self._fault(faults.Hold):
+            self.count(hold)
+            hold.until.wait(_SECONDS)
         if early := self._fault(faults.ResetBefore):
             self.count(early)
             raise Drop

@@ -18,6 +18,7 @@ from tests.servers.faults import (
     Delay,
     Fault,
     Header,
+    Hold,
     LostAnswer,
     Refuse,
     ResetBefore,
@@ -233,12 +234,19 @@ def test_parts_of_two_versions_are_never_mixed(site):
     with store.create("a", len(LARGE)) as writer:
         writer.write_at(0, LARGE)
     other = LARGE[::-1]
-    site.proxy.add(Delay(1.5), method="GET", target="/a$", skip=1, count=1)
+    held, before = Hold(), len(site.proxy.exchanges)
+    site.proxy.add(held, method="GET", target="/a$", skip=1, count=1)
     with ThreadPoolExecutor(1) as pool:
         buffer = bytearray(len(LARGE))
         reading = pool.submit(store.read_into, "a", 0, buffer)
-        time.sleep(0.3)
+        # Two parts are answered, and the server has not heard of the third.
+        deadline = time.monotonic() + 60
+        while sum(one.method == "GET" for one in site.proxy.exchanges[before:]) < 2:
+            assert time.monotonic() < deadline, site.proxy.exchanges
+            time.sleep(0.01)
+        assert site.proxy.injected == {Hold.kind: 1}
         site.store().put("a", other)
+        held.until.set()
         with pytest.raises(CorruptError, match="replaced while it was read"):
             reading.result()
     assert store.read("a") == other

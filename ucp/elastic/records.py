@@ -64,7 +64,7 @@ class Records:
 
     def __init__(self, url: str) -> None:
         self._store: Store = open_store(url).child(FOLDER)
-        self._turn, self._forgotten = threading.Lock(), False
+        self._turn, self._forgotten, self._promised = threading.Lock(), False, -1
 
     def identity(self) -> str:
         """What no other run has; made at the first start of this one. CorruptError if what is there tells none."""
@@ -133,10 +133,11 @@ class Records:
         self._store.put(f"timeline-{epoch:05}.json", json.dumps(doc, indent=1).encode())
 
     def promise(self, epoch: int, nodes: Sequence[str], step: int) -> None:
-        """Say that `nodes` hold versions, up to `step`; nothing any more once it was to be forgotten."""
+        """Say that `nodes` hold versions, up to `step`; not what is older, nor what was to be forgotten."""
         doc = {"format": "epoch", "version": 1, "nodes": list(nodes), "step": step}
         with self._turn:
-            if not self._forgotten:
+            if not self._forgotten and step > self._promised:
+                self._promised = step
                 self._store.put(f"epoch-{epoch:05}.json", json.dumps(doc).encode())
 
     def forget(self, epoch: int) -> None:

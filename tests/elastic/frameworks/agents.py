@@ -43,7 +43,9 @@ class Agents:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
         command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", f"--rdzv-id={self.id}"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self._meeting.port}"]
-        timing = "join_timeout=60,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+        # Agents that are to meet may begin to look for each other long after one another.
+        last_call = 1 if nodes == "1" else 15
+        timing = f"join_timeout=600,last_call_timeout={last_call},keep_alive_interval=1,keep_alive_max_attempt=8"
         command += [f"--rdzv-conf=is_host=0,{timing}", str(self.script), json.dumps(order)]
         environment = {**self.environment, "UCP_NODE": name, "PYTHONPATH": str(ROOT)}
         # Else an agent that was not the first one knows for ever only the store of the one that was

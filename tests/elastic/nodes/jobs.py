@@ -131,21 +131,26 @@ def save_where_one_node_is_full(rank: int, world: int, roots: list[str]) -> Any:
     from torch import distributed
 
     import ucp
-    from tests.elastic.nodes.processes import files
+    from tests.elastic.nodes.processes import eventually, files
     from ucp.elastic.nodes import join
     from ucp.errors import StorageError
 
     os.environ["UCP_NODE"] = f"n{rank}"
     store = join(roots[rank], "job", copies=2)
     model = torch.nn.Linear(512, 512)
-    told, left = "", []
+    told, left = "", list[str]()
+
+    def partial() -> list[str]:
+        return [name for name in files(Path(store.folder.top)) if f"step-{step}/" in name or ".ucp" in name]
+
     for step in range(1, 9):
         try:
             ucp.save({"model": model}, f"nodes://memory/step-{step}", step=step)
         except StorageError as error:
             told = str(error)
             distributed.barrier()
-            left = [name for name in files(Path(store.folder.top)) if f"step-{step}/" in name or ".ucp" in name]
+            eventually(lambda: not partial())  # the node that was sent to hears of the end a moment later
+            left = partial()
             distributed.barrier()
             break
     if rank == 0:

@@ -122,8 +122,9 @@ def test_a_disk_is_given_time_for_what_was_sent_to_it(make_nodes: Make, monkeypa
         flushed.extend(paths)
 
     monkeypatch.setattr(NodeFolder, "flush", slow)
-    node = nodes.remote("a", timeout=0.2)
+    node = nodes.remote("a")
     node.put("x", bytes(64 << 20), durable=False)
+    node.link.timeout = 0.2
     node.flush(["x"])
     assert flushed == ["x"]
     with pytest.raises(StorageError, match="node a is gone"):

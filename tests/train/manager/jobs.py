@@ -153,7 +153,7 @@ def failing_save(rank: int, world: int, url: str, on_error: Any) -> tuple[int, s
 
 
 class Slow:
-    """Makes the deletions of a shelf slow enough to be caught in the middle."""
+    """Makes the deletions of a shelf slow enough to be caught in the middle: it stops for good after a root."""
 
     def __init__(self, shelf: Shelf) -> None:
         self.delete = shelf.store.delete
@@ -161,7 +161,8 @@ class Slow:
 
     def __call__(self, path: str) -> None:
         self.delete(path)
-        time.sleep(0.2)
+        if path.endswith("ucp.json"):
+            time.sleep(600)
 
 
 def main(kind: str, url: str) -> None:
@@ -181,7 +182,7 @@ def main(kind: str, url: str) -> None:
         if handle is not None:
             handle.result()
         print("saved", step, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 
 def _stall_writing() -> None:
@@ -194,7 +195,7 @@ def _stall_writing() -> None:
         if "step-00000003" in self.full and offset > 0:
             write(self, offset, memoryview(data)[: max(1, len(data) // 2)])
             opened.append(self)
-            time.sleep(60)
+            time.sleep(600)
         write(self, offset, data)
 
     FileWriter.write_at = stalling  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ def process(kind: str, url: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_until(condition: Callable[[], bool], child: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert child.poll() is None, "the process ended by itself"
         assert time.monotonic() < deadline, "it never got there"

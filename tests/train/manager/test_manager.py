@@ -266,7 +266,7 @@ def test_a_save_that_failed_before_does_not_keep_the_last_one_from_being_tried(
 
 def _wait_long(ready: Any) -> None:
     ready.set()
-    threading.Event().wait(30)
+    threading.Event().wait(300)
 
 
 def test_forked_children_are_ended_by_the_signal_as_ever(url: str) -> None:
@@ -278,9 +278,9 @@ def test_forked_children_are_ended_by_the_signal_as_ever(url: str) -> None:
         ready = fork.Event()
         child = fork.Process(target=_wait_long, args=(ready,))
         child.start()
-        assert ready.wait(10)
+        assert ready.wait(120)
         child.terminate()
-        child.join(10)
+        child.join(120)
         assert child.exitcode == -signal.SIGTERM
 
 
@@ -292,7 +292,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     opened, write = threading.Event(), FileWriter.write_at
 
     def late(self: Any, offset: int, data: Any) -> None:
-        assert opened.wait(30)
+        assert opened.wait(300)
         write(self, offset, data)
 
     monkeypatch.setattr(FileWriter, "write_at", late)

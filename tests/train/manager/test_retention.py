@@ -28,8 +28,8 @@ def test_readers_of_what_is_being_deleted(tmp_path: Path, share: bool) -> None:
     command = [sys.executable, "-m", "tests.train.manager.retention_jobs", str(url), str(tmp_path / "stop")]
     readers = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
     try:
-        with CheckpointManager(str(url), keep_latest=2, share=share, grace=0) as manager:
-            deadline, step = time.monotonic() + 120, 0
+        with CheckpointManager(str(url), keep_latest=2, share=share, grace=60) as manager:
+            deadline, step = time.monotonic() + 400, 0
             while step < 10 or _seen(tmp_path) < 20:
                 assert time.monotonic() < deadline, "the readers see nothing"
                 step += 1
@@ -52,7 +52,7 @@ def _seen(folder: Path) -> int:
 
 def test_managers_share_and_collect(tmp_path: Path) -> None:
     url = str(tmp_path / "run")
-    with CheckpointManager(url, keep_latest=1, share=True, grace=0) as manager:
+    with CheckpointManager(url, keep_latest=1, share=True, grace=60) as manager:
         for step in range(1, 6):
             manager.save(step, build(step)).result()
             if step == 1:

@@ -70,7 +70,7 @@ def test_what_one_rank_cannot_save_is_an_error_on_all_and_the_next_save_is_well(
 
 
 def test_what_cannot_be_sent_to_other_ranks_is_an_error_on_all(tmp_path) -> None:
-    for kind, told in spawn(jobs.one_cannot_travel, 2, str(tmp_path), timeout=60):
+    for kind, told in spawn(jobs.one_cannot_travel, 2, str(tmp_path)):
         assert (kind, "pickle" in told, "rank 1" in told) == ("UcpError", True, True)
     assert jobs.value(str(tmp_path / "1"), "w") == {1}
 
@@ -119,7 +119,7 @@ def alone(target, world, *args) -> list[int | None]:
         rank.start()
     try:
         for rank in ranks:
-            rank.join(60)
+            rank.join(300)
         return [rank.exitcode for rank in ranks]
     finally:
         for rank in ranks:

@@ -90,7 +90,7 @@ def test_a_third_save_waits_for_the_first() -> None:
     third.join(0.2)
     assert third.is_alive()
     buffers.give_back(first)
-    third.join(10)
+    third.join(60)
     assert found == [first]
 
 
