@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import ucp
 from ucp.errors import ConflictError, NotFoundError, StorageError, UcpError, UsageError
-from ucp.run import convert as module
+from ucp.run import commit, convert
 from ucp.run.claim import HEAD, claim, claim_of
 from ucp.run.convert import carry_out, prepare
 from ucp.run.verify import verify
@@ -35,7 +35,7 @@ class Lockless(Around):
 @pytest.fixture(params=["locks", "no locks"])
 def there(request, tmp_path, monkeypatch) -> str:
     if request.param == "no locks":
-        monkeypatch.setattr(module, "open_store", lambda url: Lockless(LocalStore(url)))
+        monkeypatch.setattr(convert, "open_store", lambda url: Lockless(LocalStore(url)))
     return str(tmp_path / "there")
 
 
@@ -109,7 +109,7 @@ def test_zarr_clients_open_what_replaced_another(there, sources):
 
 def test_until_the_new_root_is_put_the_old_checkpoint_is_whole(there, sources, monkeypatch):
     ucp.convert(sources[0], there)
-    monkeypatch.setattr(module, "_put_root", _stop)
+    monkeypatch.setattr(commit, "_put_root", _stop)
     with pytest.raises(StorageError):
         ucp.convert(sources[1], there, overwrite=True)
     assert same(there, sources[0])
@@ -124,7 +124,7 @@ def test_until_the_new_root_is_put_the_old_checkpoint_is_whole(there, sources, m
 
 def test_an_overwrite_that_was_cut_short_resumes(there, sources, monkeypatch):
     ucp.convert(sources[0], there)
-    monkeypatch.setattr(module, "_put_root", _stop)
+    monkeypatch.setattr(commit, "_put_root", _stop)
     with pytest.raises(StorageError):
         ucp.convert(sources[1], there, overwrite=True)
     monkeypatch.undo()
@@ -149,7 +149,7 @@ def test_families_that_one_put_cannot_replace_are_refused(sources, tmp_path):
 
 def test_one_who_took_over_cannot_be_spoilt_by_one_who_goes_on(sources, tmp_path, monkeypatch):
     """A slow writer that everybody took for dead writes on after another has taken over, and after that one is done."""
-    monkeypatch.setattr(module, "open_store", lambda url: Lockless(LocalStore(url)))
+    monkeypatch.setattr(convert, "open_store", lambda url: Lockless(LocalStore(url)))
     there = str(tmp_path / "there")
     slow = prepare(sources[0], there)
 
@@ -165,7 +165,7 @@ def test_one_who_took_over_cannot_be_spoilt_by_one_who_goes_on(sources, tmp_path
 
 
 def test_of_two_who_begin_together_the_second_is_told(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "open_store", lambda url: Lockless(LocalStore(url)))
+    monkeypatch.setattr(convert, "open_store", lambda url: Lockless(LocalStore(url)))
     there = str(tmp_path / "there")
     first, second = prepare(sources[0], there), prepare(sources[1], there)
     store = LocalStore(there)

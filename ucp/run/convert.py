@@ -9,31 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
-from ucp.catalog import Catalog
 from ucp.converter import Target, converter
-from ucp.errors import ConflictError, InterruptedRunError, StorageError, UsageError
+from ucp.errors import ConflictError, InterruptedRunError, UsageError
 from ucp.layout import Mesh
 from ucp.mapping import AUTO, ProgramLike, read_source
 from ucp.metrics import TIMINGS
 from ucp.plan import Plan
 from ucp.run.claim import Claim, claim, new_generation, resumed, withdraw
-from ucp.run.crc import crc
+from ucp.run.commit import commit
+from ucp.run.conversion import Conversion
 from ucp.run.destination import (
     RECORD,
     Found,
-    Record,
-    State,
     Wanted,
-    check_whole,
     clear,
     examine,
-    fingerprint_of,
     lost,
-    record_path,
-    recorded,
     refuse_overlap,
     superseded,
 )
@@ -41,54 +34,13 @@ from ucp.run.executor import default_workers, run_tasks
 from ucp.run.identity import identity
 from ucp.run.integrity import Ledger, Spans
 from ucp.run.journal import Done, Journal
-from ucp.run.laying_out import layout_of, losses_of, make_target
+from ucp.run.laying_out import layout_of, make_target
 from ucp.run.progress import Counter, Progress, Report
 from ucp.run.sharing import SHARED_BYTES, sharing
 from ucp.run.unchanged import check_unchanged
 from ucp.store import Store, open_store
 
 _FLUSH_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """A conversion that is ready to run; nothing has been written.
-
-    `state` is ``new``, ``partial`` (an earlier run was cut short and will be resumed) or ``done``. `wanted` is what
-    will be there in the end.
-    """
-
-    catalog: Catalog
-    target: Target
-    plan: Plan
-    to: str
-    source: Store
-    destination: Store
-    wanted: Wanted
-    state: State
-
-    @property
-    def source_url(self) -> str:
-        """Where the source lies."""
-        return self.catalog.url
-
-    @property
-    def destination_url(self) -> str:
-        """Where the result will lie."""
-        return self.destination.url
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Remarks of the reader, then those of the target, such as what its form cannot hold, then accepted losses."""
-        losses = losses_of(self.to, self.catalog, self.target)
-        return (*self.catalog.notes, *self.target.notes, *(f"not exact: {loss}" for loss in losses))
-
-    def placed(self, generation: str) -> Conversion:
-        """The same conversion under the names of a generation."""
-        if not generation:
-            return self
-        target = self.wanted.placed(generation)
-        return replace(self, target=target, plan=Plan.of(target.tasks))
 
 
 def prepare(
@@ -157,10 +109,6 @@ def prepare(
     return Conversion(catalog, target, plan, to, source_store, destination_store, wanted, state)
 
 
-def _sizes(target: Target) -> dict[str, int]:
-    return {task.object: task.size for task in target.tasks}
-
-
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -210,7 +158,7 @@ def carry_out(
         for finished in _run_rest(conversion, done, journal, counter, threads, processes, on_progress):
             done[finished.object] = finished
         extra = _verify_source(conversion, done)
-        small, ours = _commit(conversion, done, found.root, held.generation)
+        small, ours = commit(conversion, done, found.root, held.generation)
         _remove(destination, old if ours else ())
     return _report(done, counter, resumed=resumed, checked=extra, written=small)
 
@@ -266,7 +214,7 @@ def _resume(conversion: Conversion, journal: Journal, counter: Counter) -> dict[
     """What an earlier run finished, where it is still there."""
     conversion.destination.tidy()
     journalled = journal.open()
-    gone = set(lost(conversion.destination, _sizes(conversion.target))) if journalled else set()
+    gone = set(lost(conversion.destination, conversion.sizes)) if journalled else set()
     tasks = [task for task in conversion.plan.tasks if task.object in journalled and task.object not in gone]
     for task in tasks:
         counter.skip(task.nbytes)
@@ -331,68 +279,6 @@ def _verify_source(conversion: Conversion, done: Mapping[str, Done]) -> int:
     hint = "wait until it is written, then convert with --restart"
     check_unchanged(conversion.source, conversion.catalog, conversion.catalog.objects, hint=hint)
     return extra
-
-
-def _commit(conversion: Conversion, done: Mapping[str, Done], before: str | None, generation: str) -> tuple[int, bool]:
-    """Put the small objects, and the root last, in place of the root `before` if there is one.
-
-    Returns their bytes, and whether the checkpoint is of this generation now: the same one may be there as another.
-    """
-    ours = False
-    destination, target = conversion.destination, conversion.target
-    sizes: dict[str, int] = {}
-    for path, data in target.finish({name: finished.digests for name, finished in done.items()}):
-        assert target.root not in sizes, f"{conversion.to} put {path} after its root"
-        sizes[path] = len(data)
-        if path != target.root:
-            destination.put(path, data, durable=False)
-            continue
-        note = _record(conversion, generation, data)
-        destination.put(record_path(generation), note, durable=False)
-        destination.flush([*(small for small in sizes if small != path), record_path(generation)])
-        small = {name: size for name, size in sizes.items() if name != path}
-        _check_whole(conversion, {**_sizes(target), **small, record_path(generation): len(note)}, before)
-        ours = _put_root(conversion, data, before, generation) == generation
-    assert target.root in sizes, f"{conversion.to} did not put its root"
-    return sum(sizes.values()) + len(note), ours
-
-
-def _check_whole(conversion: Conversion, sizes: Mapping[str, int], before: str | None) -> None:
-    """The last look before the root is put. ConflictError if objects are gone since another writer was first."""
-    try:
-        check_whole(conversion.destination, sizes)
-    except StorageError:
-        if fingerprint_of(conversion.destination, conversion.target.root) == before:
-            raise
-        raise _another_was_first(conversion.destination) from None
-
-
-def _another_was_first(destination: Store) -> ConflictError:
-    return ConflictError(
-        f"{destination.url}: another writer has made or removed a checkpoint here meanwhile",
-        hint="what is there is whole; choose another destination",
-    )
-
-
-def _put_root(conversion: Conversion, data: bytes, before: str | None, generation: str) -> str:
-    """The commit; gives the generation that is the checkpoint now.
-
-    ConflictError if another writer has made a checkpoint here meanwhile that is not the same.
-    """
-    destination, root = conversion.destination, conversion.target.root
-    try:
-        destination.put(root, data, if_absent=before is None, if_match=before)
-    except ConflictError:
-        found = recorded(destination, root) if destination.exists(root) else None
-        if found is None or found.fingerprint != conversion.wanted.fingerprint:
-            raise _another_was_first(destination) from None
-        return found.generation
-    return generation
-
-
-def _record(conversion: Conversion, generation: str, root: bytes) -> bytes:
-    digest = crc("crc32c", root)
-    return Record(conversion.wanted.fingerprint, conversion.source.url, conversion.to, generation, digest).encoded()
 
 
 @contextlib.contextmanager
