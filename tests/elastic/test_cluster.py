@@ -23,6 +23,7 @@ from ucp.demo.elastic.ledger import Strike, account
 from ucp.demo.elastic.network import can_divide
 from ucp.demo.elastic.phases import Orders, Phases
 from ucp.demo.elastic.progress import Progress
+from ucp.elastic.nodes.folder import folder_of
 from ucp.errors import UcpError, UsageError
 
 JOB = str(Path(__file__).parent / "simple_job.py")
@@ -46,12 +47,12 @@ SLEEPER = """
 import os, sys, time
 from pathlib import Path
 from ucp.demo.elastic.cluster import Cluster, SHARED_MEMORY
+from ucp.elastic.nodes.folder import folder_of
 folder = Path(sys.argv[1])
 with Cluster(folder, [sys.argv[2]], nodes={"a": 2, "ab": 1}, divided=sys.argv[3] == "yes") as cluster:
     for name in ("a", "ab"):
         cluster.start(name)
-    kept = Path(SHARED_MEMORY, f"ucp-{os.getuid()}", cluster.id, "a")
-    kept.mkdir(parents=True, mode=0o700)
+    folder_of(SHARED_MEMORY, cluster.id, "a")
     cluster.wait(lambda: len(cluster.ranks("a")) == 2 and len(cluster.ranks("ab")) == 1, seconds=300, what="ranks")
     print(cluster.id, flush=True)
     time.sleep(600)
@@ -104,9 +105,7 @@ def test_what_is_killed_is_gone_and_nothing_else(tmp_path: Path, sleeping: Path)
         assert not cluster.kill_agent("ab")
         assert cluster.ranks("ab") == {0: other}
         assert cluster.present == ("a",)
-        memory = [Path("/dev/shm", f"ucp-{os.getuid()}", cluster.id, name) for name in ("a", "ab")]
-        for folder in memory:
-            folder.mkdir(parents=True, mode=0o700)
+        memory = [Path(folder_of("/dev/shm", cluster.id, name)) for name in ("a", "ab")]
         assert cluster.kill_node("a") == 3
         assert [folder.exists() for folder in memory] == [False, True]
         assert cluster.ranks("ab") == {0: other}

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 
 from ucp.elastic.meeting import Meeting
+from ucp.elastic.private import private_folder
 from ucp.errors import ConflictError
 
 _log = logging.getLogger("ucp")
@@ -27,6 +28,8 @@ class Sole:
 
     def __init__(self, folder: str, url: str) -> None:
         self._path, self._url = f"{folder.rstrip('/')}.lock", url
+        root, user, job, _ = os.path.abspath(folder).rsplit(os.sep, 3)
+        self._above = root, user, job
         self._file: int | None = None
 
     def take(self, meeting: Meeting) -> None:
@@ -71,7 +74,7 @@ class Sole:
         """Whether this process may go on: the lock is its own now, or cannot be had by anybody."""
         file = -1
         try:
-            self._make_folders()
+            private_folder(*self._above)
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             named = os.fstat(file).st_ino == os.stat(self._path).st_ino
@@ -90,13 +93,6 @@ class Sole:
             os.ftruncate(file, 0)
             os.pwrite(file, json.dumps({"process": os.getpid(), "since": time.time()}).encode(), 0)
         return True
-
-    def _make_folders(self) -> None:
-        """Another start that ends removes those of the user and of the job when they are empty."""
-        job = os.path.dirname(self._path)
-        for folder in (os.path.dirname(job), job):  # os.makedirs would open the first one to others
-            with suppress(FileExistsError):
-                os.mkdir(folder, 0o700)
 
     def _holder(self) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError), open(self._path, "rb") as file:

@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ucp.elastic.private import private_folder
+
 _FOLDERS = 4
 """Of beats, of the node, of the job, of the user: ``ucp-0/job/node/beats`` (`ucp.elastic.nodes.folder_of`)."""
 
@@ -106,7 +108,7 @@ class Pulse:
     def __init__(
         self, folder: str, *, epoch: int, rank: int, size: int, before: Reached = Reached(), run: str = ""
     ) -> None:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        private_folder(*os.path.split(folder))
         self._path = os.path.join(folder, f"e{epoch:05}-{rank:05}")
         self._place: dict[str, int | str] = {"epoch": epoch, "rank": rank, "size": size, "run": run}
         self._reached, self._heard = before, 0.0

@@ -17,7 +17,8 @@ from urllib.parse import quote
 from ucp.elastic.nodes.member import Member
 from ucp.elastic.nodes.room import room_of
 from ucp.elastic.nodes.whole import WholeWriter, new_stamp
-from ucp.errors import NotFoundError, StorageError, UnsafeError, UsageError
+from ucp.elastic.private import private_folder
+from ucp.errors import NotFoundError, StorageError, UsageError
 from ucp.store import Entry, LocalStore, Writer
 from ucp.store.errors import exists_already, replaced_meanwhile, translated
 from ucp.store.local import open_file
@@ -41,18 +42,9 @@ def node_name() -> str:
 def folder_of(root: str, job: str, node: str) -> str:
     """``<root>/ucp-<uid>/<job>/<node>``, made for this user alone; what names cannot have in a path is escaped.
 
-    UnsafeError where one of the folders is a link, another user's, or open to others: in a place such as ``/dev/shm``
-    everybody can make folders.
+    UnsafeError as from `private_folder`: in a place such as ``/dev/shm`` everybody can make folders.
     """
-    path = os.path.abspath(root)
-    with translated(path):
-        os.makedirs(path, exist_ok=True)
-    for name in (f"ucp-{os.geteuid()}", _name(job), _name(node)):
-        path = os.path.join(path, name)
-        with translated(path), suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-        _check_own(path)
-    return path
+    return private_folder(root, f"ucp-{os.geteuid()}", _name(job), _name(node))
 
 
 def _name(name: str) -> str:
@@ -60,15 +52,6 @@ def _name(name: str) -> str:
     if found in ("", ".", "..") or len(found) > _LONGEST:
         raise UsageError(f"{name!r} is no name of a job or a node", hint=f"1 to {_LONGEST} letters, digits, _, - and .")
     return found
-
-
-def _check_own(path: str) -> None:
-    with translated(path):
-        info = os.lstat(path)
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-        raise UnsafeError(
-            f"{path}: is not a folder of this user alone", hint="find out who made it, and remove it or choose another"
-        )
 
 
 class NodeFolder(Member, LocalStore):
@@ -129,7 +112,7 @@ class NodeFolder(Member, LocalStore):
         durable: bool = False,
     ) -> Writer:
         self._full(path)
-        self._make(self._partial.root)
+        self.make_folder(self._partial.root)
         if size >= _ASKED_BYTES and size > self.room():
             raise StorageError(
                 f"{self.root}: there is no room for {size} bytes of {path}", hint="free memory, or keep fewer copies"
@@ -157,7 +140,7 @@ class NodeFolder(Member, LocalStore):
         if not os.path.isdir(full):
             return
         gone = os.path.join(self._partial.root, _unique())
-        self._make(self._partial.root)
+        self.make_folder(self._partial.root)
         with translated(full), suppress(FileNotFoundError):
             os.rename(full, gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -203,7 +186,7 @@ class NodeFolder(Member, LocalStore):
             if if_match is not None and not self._matches(path, if_match):
                 raise replaced_meanwhile(full)
             for _ in range(_TRIES):
-                self._make(os.path.dirname(full))
+                self.make_folder(os.path.dirname(full))
                 try:
                     _named(written, full, if_absent=if_absent)
                 except FileNotFoundError:  # whoever deleted the last object of the folder took that along
@@ -213,7 +196,7 @@ class NodeFolder(Member, LocalStore):
                     return
         raise StorageError(f"{full}: its folder is removed again and again")
 
-    def _make(self, folder: str) -> None:
+    def make_folder(self, folder: str) -> None:
         """Make a folder below the top, for this user alone.
 
         Never the top itself: in a place such as ``/dev/shm`` another user may have been quicker (`folder_of`).
@@ -225,7 +208,7 @@ class NodeFolder(Member, LocalStore):
                 f"{self.top}: the folder of this node was removed",
                 hint="the next start of the job makes it again; systemd-logind does this at logout (RemoveIPC=)",
             )
-        self._make(os.path.dirname(folder))
+        self.make_folder(os.path.dirname(folder))
         with translated(folder), suppress(FileExistsError):
             os.mkdir(folder, 0o700)
 

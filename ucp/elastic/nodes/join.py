@@ -138,7 +138,7 @@ def _open(mine: _Hello, hellos: Sequence[_Hello], opened: list[NodeServer]) -> _
     folder = NodeFolder(mine.folder)
     folder.tidy()
     token = secrets.token_hex(16)
-    os.makedirs(os.path.join(mine.folder, PARTIAL, token))
+    folder.make_folder(os.path.join(folder.top, PARTIAL, token))
     if all(hello.node == mine.node for hello in hellos):
         return _Place(None, token)
     opened.append(NodeServer(folder, _reachable(mine, hellos)))
