@@ -17,8 +17,14 @@ def test_interrupted_once(name: str) -> None:
     assert explore(Stage(SCENES[name]), switches=1) > 5
 
 
+LONG = {"read while two overwrite"}
+"""Has as many orders as all the others together."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in LONG else []) for name in SCENES]
+)
 def test_interrupted_twice(name: str) -> None:
     assert explore(Stage(SCENES[name]), switches=2) > 20
 

@@ -48,7 +48,7 @@ def train(folder: Path, until: int, skips: bool, phases: Phases, records: Record
     history = [*state["history"], [epoch, done]]
     records.resume(step=done, tier="storage" if done else "none", reconfigured=False, history=history, parts={})
     for step in range(done + 1, until + 1):
-        phases.wait(epoch, step)
+        phases.wait(epoch, step, world)
         mine = list(range(rank, SAMPLES, world))
         if skips and done and step == done + 1 and rank == 0:
             mine.pop(0)

@@ -177,22 +177,22 @@ def test_an_order_stops_a_process_exactly_at_its_phase(tmp_path: Path) -> None:
 
 def test_a_job_is_held_up_from_a_step_on_until_it_begins_anew_or_is_released(tmp_path: Path) -> None:
     orders, job = Orders(tmp_path), Phases(tmp_path, "a-0.rank")
-    orders.hold(epoch=2, step=7)
+    orders.hold(epoch=2, step=7, but=4)
     passed = []
 
     def train() -> None:
-        for epoch, step in ((1, 7), (3, 8), (2, 8)):
-            job.wait(epoch, step)
-            passed.append((epoch, step))
+        for epoch, step, world in ((1, 7, 2), (3, 8, 2), (2, 8, 4), (2, 8, 2)):
+            job.wait(epoch, step, world)
+            passed.append((epoch, step, world))
 
     thread = threading.Thread(target=train)
     thread.start()
-    assert until(lambda: len(passed) == 2)
+    assert until(lambda: len(passed) == 3)
     thread.join(0.2)
-    assert (thread.is_alive(), passed) == (True, [(1, 7), (3, 8)])
+    assert (thread.is_alive(), passed) == (True, [(1, 7, 2), (3, 8, 2), (2, 8, 4)])
     orders.release()
     thread.join(PATIENCE)
-    assert passed[2:] == [(2, 8)]
+    assert passed[3:] == [(2, 8, 2)]
 
 
 def test_without_orders_a_phase_is_passed(tmp_path: Path) -> None:

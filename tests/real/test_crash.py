@@ -71,6 +71,7 @@ def test_killed_at_some_operations(source, folder, family):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_killed_at_every_operation_or_every_fourth(source, folder, family):
     step = 1 if family == "universal" else 4

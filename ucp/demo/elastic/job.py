@@ -51,7 +51,7 @@ def _train(run: Run, settings: Settings, feed: Feed, phases: Phases, records: Re
     records.resume(history=history, **_told(found))
     first = run.done + 1
     for step in run.steps(settings.steps):
-        phases.wait(run.epoch, step)
+        phases.wait(run.epoch, step, run.world)
         began = time.monotonic()
         loss = _step(trained, feed, phases)
         records.step(step=step, samples=list(feed.samples), loss=loss)

@@ -89,14 +89,13 @@ class Killer:
         self._progress.look()
         if self._progress.step and not gone:
             self._orders.hold(epoch=self._progress.epoch, step=self._progress.step + _AHEAD)
+        self.wanted = tuple(nodes)
         for name in gone:
             self._do(Blow(what="node"), name, None, None)
-        self.wanted = tuple(nodes)
         for name in nodes:
             if name not in self._cluster.present:
                 self._start(name)
         self.settle()
-        self._orders.release()
 
     def strike(self, blow: Blow) -> None:
         """One blow, and those that have to come before it; `settle` waits until the job has recovered."""
@@ -132,6 +131,7 @@ class Killer:
             self._cluster.heal(name)
             self._since = time.time()
         self._works(self.wanted)
+        self._orders.release()
         return time.monotonic() - begun
 
     def reach(self, step: int) -> None:
@@ -212,6 +212,8 @@ class Killer:
             self._cluster.kill_node(node)
         else:
             self._cluster.cut(node)
+        # Nodes that meet before the others are back would do all the steps that are left without them.
+        self._orders.hold(step=self._progress.step + _AHEAD, but=self._cluster.ranks_of(self.wanted))
         self._since = time.time()
 
     def _note(self, what: str, node: str, local: int | None = None, phase: str | None = None) -> None:

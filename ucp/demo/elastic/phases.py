@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -52,9 +53,9 @@ class Phases:
                 self._order.rename(self._order.with_suffix(".taken"))
                 self._stop(float(delay or 0))
 
-    def wait(self, epoch: int, step: int) -> None:
-        """Begin `step` in `epoch` only when nobody holds the job up before it."""
-        while self._hold is not None and _held(self._hold, epoch, step):
+    def wait(self, epoch: int, step: int, world: int) -> None:
+        """Begin `step` in `epoch`, on `world` ranks, only when nobody holds the job up before it."""
+        while self._hold is not None and _held(self._hold, epoch, step, world):
             time.sleep(_LOOK)
 
     def watch_saves(self) -> None:
@@ -128,10 +129,13 @@ class Orders:
         for path in (self._path("orders", node, local_rank), self._path("reached", node, local_rank)):
             path.unlink(missing_ok=True)
 
-    def hold(self, *, epoch: int, step: int) -> None:
-        """Epochs up to `epoch` do not go beyond `step`, until `release`: what is coming may take its time."""
+    def hold(self, *, step: int, epoch: int = sys.maxsize, but: int = 0) -> None:
+        """Epochs up to `epoch` do not go beyond `step`, until `release`: what is coming may take its time.
+
+        Those of `but` ranks may: they are what is waited for.
+        """
         new = self._folder / f"{_HOLD}.new"
-        new.write_text(f"{epoch} {step}")
+        new.write_text(f"{epoch} {step} {but}")
         new.rename(self._folder / _HOLD)
 
     def release(self) -> None:
@@ -142,12 +146,12 @@ class Orders:
         return self._folder / kind / name_of(node, local_rank)
 
 
-def _held(path: Path, epoch: int, step: int) -> bool:
+def _held(path: Path, epoch: int, step: int, world: int) -> bool:
     try:
-        last, until = map(int, path.read_text().split())
+        last, until, but = map(int, path.read_text().split())
     except FileNotFoundError:
         return False
-    return epoch <= last and step > until
+    return epoch <= last and step > until and world != but
 
 
 def name_of(node: str, local_rank: int) -> str:
