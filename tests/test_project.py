@@ -33,9 +33,9 @@ def relative(path: Path) -> str:
 
 
 def texts() -> list[Path]:
-    """Every text file of the project; environments that CI makes are not part of it."""
+    """Every text file of the project; what CI makes is no part of it."""
     kept = [*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
-    made = (ROOT / ".ci" / "venv", ROOT / ".ci" / "demo")
+    made = [ROOT / ".ci" / name for name in ("venv", "demo", "servers")]
     return sorted(path for path in kept if _is_text(path) and not any(path.is_relative_to(folder) for folder in made))
 
 

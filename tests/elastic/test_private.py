@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -68,6 +70,7 @@ def test_jobs_begin_while_others_end(tmp_path):
                         open_ones.append(name)
                 except FileNotFoundError:
                     continue
+            time.sleep(random.random() * 1e-3)  # else it would leave the other thread no moment at all
 
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(ends)

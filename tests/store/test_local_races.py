@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from ucp.store import open_store
@@ -17,6 +19,7 @@ def test_folders_that_others_remove_while_they_are_empty(tmp_path):
     def removes():
         while not over.is_set():
             store._prune(str(tmp_path / "a" / "b"))
+            time.sleep(random.random() * 1e-3)  # else it would leave the other thread no moment at all
 
     with ThreadPoolExecutor(1) as pool:
         removing = pool.submit(removes)

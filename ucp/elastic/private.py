@@ -7,13 +7,15 @@ moment while another job begins.
 from __future__ import annotations
 
 import os
+import random
 import stat
+import time
 from contextlib import suppress
 
 from ucp.errors import UnsafeError
 from ucp.store.errors import translated
 
-_TRIES = 1000
+_TRIES, _PAUSE = 100, 1e-4
 
 
 def private_folder(root: str, *names: str) -> str:
@@ -24,7 +26,8 @@ def private_folder(root: str, *names: str) -> str:
     top = os.path.abspath(root)
     parts = [os.path.join(top, *names[: count + 1]) for count in range(len(names))]
     with translated(parts[-1]):
-        for _ in range(_TRIES):
+        for tries in range(_TRIES):
+            time.sleep(random.random() * tries * _PAUSE)  # two that do it in step would do so for long
             with suppress(FileNotFoundError):
                 os.makedirs(top, exist_ok=True)
                 for part in parts:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import random
 import re
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -18,7 +20,7 @@ _PIECE_BYTES = 128 << 10
 """Most bytes per write call. Larger calls make the page cache look for huge folios; where memory is ballooned or
 fragmented, 4 MiB calls were measured three to ten times slower than these (bench/limits.py)."""
 
-_TRIES = 100
+_TRIES, _PAUSE = 100, 1e-4
 
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 """How file systems say that they lack an operation."""
@@ -115,10 +117,11 @@ def put_file(full: str, data: Buffer, *, if_absent: bool, durable: bool) -> None
 def _create(full: str) -> int:
     """Open a file to write it anew, in a folder that is made; others may remove that while it is empty."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    for _ in range(_TRIES):
+    for tries in range(_TRIES):
         with suppress(FileNotFoundError):
             os.makedirs(os.path.dirname(full), exist_ok=True)
             return os.open(full, flags, 0o666)
+        time.sleep(random.random() * tries * _PAUSE)  # two that do it in step would do so for long
     return os.open(full, flags, 0o666)
 
 
